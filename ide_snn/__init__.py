@@ -1,0 +1,34 @@
+"""Feedback spiking neural networks trained by implicit differentiation on the equilibrium state (IDE).
+
+Xiao et al., "Training Feedback Spiking Neural Networks by Implicit Differentiation on the Equilibrium
+State", NeurIPS 2021 (arXiv 2109.14247).
+"""
+
+from ide_snn.block import FeedbackSNN
+from ide_snn.implicit import Implicit, Unrolled
+from ide_snn.layers import Connection
+from ide_snn.models import SNNIDEConvMultiLayerNet, SNNIDEConvNet, SNNIDEFCNet
+from ide_snn.neurons import NeuronParams
+from ide_snn.solvers import Anderson, Broyden, FixedPoint, Gmres, Outcome, Solution, SolverWarning, solve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Anderson",
+    "Broyden",
+    "Connection",
+    "FeedbackSNN",
+    "FixedPoint",
+    "Gmres",
+    "Implicit",
+    "NeuronParams",
+    "Outcome",
+    "SNNIDEConvMultiLayerNet",
+    "SNNIDEConvNet",
+    "SNNIDEFCNet",
+    "Solution",
+    "SolverWarning",
+    "Unrolled",
+    "__version__",
+    "solve",
+]

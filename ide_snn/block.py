@@ -1,0 +1,261 @@
+"""FeedbackSNN: the reusable block, an `nn.Module` like any other."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ide_snn.equilibrium import EquilibriumMap
+from ide_snn.implicit import Gradient, Implicit, SolveHook, attach_gradient
+from ide_snn.layers import Connection, FixedConnection
+from ide_snn.neurons import NeuronParams, time_average
+from ide_snn.simulation import Rates, Record, simulate
+from ide_snn.solvers import Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
+
+log = logging.getLogger(__name__)
+SimulationHook = Callable[[Rates], None]
+
+
+class FeedbackSNN(nn.Module):
+    """A feedback spiking network: input stage, n >= 1 populations, feedback from the last to the first.
+
+    Its value is the firing rate a_n[T] of the last population after T simulated steps; its gradient is that of
+    the equilibrium a_n = f(a_n) (`ide_snn.implicit`). It holds no state between calls.
+
+    Args:
+        input: input stage, a `Connection` or a module that is wrapped into one.
+        layers: connections from population i to i + 1; empty for one population.
+        feedback: connection from the last population to the first.
+        neuron: threshold and leak of all populations.
+        time_steps: T >= 1.
+        solver: for the implicit linear system.
+        gradient: `Implicit` or `Unrolled`.
+        input_has_time: inputs are [T, B, *] (spikes, frames) instead of a constant [B, *].
+        check_input: refuse NaN and infinity in the input; costs one synchronisation per forward on a GPU.
+
+    Shapes: x [B, *] or [T, B, *] -> rates [B, *shape of the last population].
+
+    Raises:
+        ValueError: for time_steps < 1, and in forward for inputs or connections that do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        input: nn.Module,
+        feedback: nn.Module,
+        layers: Sequence[nn.Module] = (),
+        neuron: NeuronParams = NeuronParams(),
+        time_steps: int = 30,
+        solver: Solver = Gmres(),
+        gradient: Gradient = Implicit(),
+        input_has_time: bool = False,
+        check_input: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input = _as_connection(input)
+        self.layers = nn.ModuleList(_as_connection(layer) for layer in layers)
+        self.feedback = _as_connection(feedback)
+        self.neuron = neuron
+        self.time_steps = time_steps
+        self.solver = solver
+        self.gradient = gradient
+        self.input_has_time = input_has_time
+        self.check_input = check_input
+        self._solve_hooks: OrderedDict[int, SolveHook] = OrderedDict()
+        self._simulation_hooks: OrderedDict[int, SimulationHook] = OrderedDict()
+
+    @property
+    def time_steps(self) -> int:
+        """T, the simulated time steps; may be set between forwards."""
+        return self._time_steps
+
+    @time_steps.setter
+    def time_steps(self, value: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"time_steps must be a whole number of at least 1, got {value!r}")
+        self._time_steps = value
+
+    def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Rates of the last population [B, *]; `generator` is for the dropout masks."""
+        moment = self._prepare(x, generator)
+        rates = moment.simulate(Record(spike_fraction=bool(self._simulation_hooks)))
+        for hook in self._simulation_hooks.values():
+            hook(rates)
+        return self._attach(rates.last, moment.map)
+
+    def simulate(
+        self,
+        x: Tensor,
+        record: Record = Record(),
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Rates:
+        """The simulation alone, with what `record` asks for and without a gradient.
+
+        In training mode the constraints advance and the input stage's running statistics are updated, as in a
+        forward; call it in evaluation mode to look without touching.
+        """
+        with torch.no_grad():
+            return self._prepare(x, generator).simulate(record)
+
+    def equilibrium(
+        self,
+        x: Tensor,
+        solver: Solver = Anderson(tol=1e-6, max_steps=200),
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Solution]:
+        """The solved equilibrium a* = f(a*) [B, *] with its implicit gradient, and the solver's verdict on it.
+
+        Batch norms of the chain use running statistics in the solve, as in the simulation.
+        """
+        moment = self._prepare(x, generator)
+        with torch.no_grad():
+            start = moment.drive_value.new_zeros(x.shape[1 if self.input_has_time else 0], *moment.shapes[-1])
+            solution = solve(FixedPointProblem(lambda a: moment.map(a, "running"), start), solver)
+        return self._attach(solution.value, moment.map), solution
+
+    def linearisation_point(self, x: Tensor) -> tuple[Tensor, EquilibriumMap]:
+        """(simulated rates, f) of one forward, for analysis: f(rates, "running"), f.linearise(rates, "running")."""
+        moment = self._prepare(x, None)
+        return moment.simulate(Record()).last, moment.map
+
+    def register_solve_hook(self, hook: SolveHook) -> RemovableHandle:
+        """`hook(solution)` is called after every backward solve; returns a handle with `remove()`."""
+        handle = RemovableHandle(self._solve_hooks)
+        self._solve_hooks[handle.id] = hook
+        return handle
+
+    def register_simulation_hook(self, hook: SimulationHook) -> RemovableHandle:
+        """`hook(rates)` is called after every simulation of a forward, with spike fractions recorded."""
+        handle = RemovableHandle(self._simulation_hooks)
+        self._simulation_hooks[handle.id] = hook
+        return handle
+
+    def population_shapes(self, input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Shapes of the n populations for inputs of `input_shape`, both without time and batch.
+
+        Raises:
+            ValueError: if the connections do not fit the input or each other.
+        """
+        try:
+            shapes = [self.input.output_shape(input_shape)]
+            for layer in self.layers:
+                shapes.append(layer.output_shape(shapes[-1]))  # type: ignore[operator]
+            returned = self.feedback.output_shape(shapes[-1])
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"input of shape {list(input_shape)} does not fit the network: {error}") from error
+        if returned != shapes[0]:
+            raise ValueError(
+                f"the feedback's output {list(returned)} must have the shape of population 1, {list(shapes[0])}: "
+                "change its kernel, stride or padding"
+            )
+        return shapes
+
+    def feedback_diagnostics(self) -> dict[str, float]:
+        """||W_fb|| in use, |alpha| and the excess of the norm's estimate; empty without a constraint."""
+        return self.feedback.feedback_diagnostics()
+
+    def extra_repr(self) -> str:
+        return f"{self.neuron}, time_steps={self.time_steps}, {self.solver}, {self.gradient}"
+
+    def _attach(self, rates: Tensor, f: EquilibriumMap) -> Tensor:
+        if not (self.training or torch.is_grad_enabled()):
+            return rates
+        return attach_gradient(rates, f, self.gradient, self.solver, tuple(self._solve_hooks.values()))
+
+    def _prepare(self, x: Tensor, generator: torch.Generator | None) -> _Moment:
+        self._check(x)
+        input_shape = tuple(x.shape[2 if self.input_has_time else 1 :])
+        shapes = self.population_shapes(input_shape)
+        like = self._state_like(x)
+        links = [
+            connection.prepare(shape, like, generator)
+            for connection, shape in zip((self.input, *self.layers, self.feedback), (input_shape, *shapes), strict=True)
+        ]
+        return _Moment.of(self, x, links, shapes, like.dtype)
+
+    def _state_like(self, x: Tensor) -> Tensor:
+        """An empty tensor [B] of the dtype and device of membranes and rates."""
+        batch = x.shape[1 if self.input_has_time else 0]
+        reference = next((p for p in self.parameters() if p.is_floating_point()), x)
+        dtype = torch.promote_types(reference.dtype, torch.float32)
+        return torch.empty(batch, dtype=dtype, device=x.device)
+
+    def _check(self, x: Tensor) -> None:
+        lead = "[T, B, ...]" if self.input_has_time else "[B, ...]"
+        if x.dim() < (3 if self.input_has_time else 2):
+            raise ValueError(f"input must have shape {lead}, got {list(x.shape)}")
+        if self.input_has_time and x.shape[0] != self.time_steps:
+            raise ValueError(
+                f"input has {x.shape[0]} time steps but the network simulates {self.time_steps}: "
+                "set time_steps, or cut the input (x[:T])"
+            )
+        if not x.is_floating_point() and not self.input_has_time:
+            raise ValueError(f"a constant input must be floating point, got {x.dtype}: convert with x.float()")
+        if self.check_input and x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            raise ValueError(
+                f"input has {int((~torch.isfinite(x)).sum())} values that are NaN or infinite: check its normalisation"
+            )
+
+
+class _Moment:
+    """Everything that is fixed during one forward: drive, maps, shapes."""
+
+    def __init__(
+        self,
+        block: FeedbackSNN,
+        equilibrium_map: EquilibriumMap,
+        drive_value: Tensor,
+        drive_at: Callable[[int], Tensor] | None,
+        shapes: list[tuple[int, ...]],
+    ) -> None:
+        self.block = block
+        self.map = equilibrium_map
+        self.drive_value = drive_value
+        self.drive_at = drive_at
+        self.shapes = shapes
+
+    @classmethod
+    def of(
+        cls,
+        block: FeedbackSNN,
+        x: Tensor,
+        links: list[FixedConnection],
+        shapes: list[tuple[int, ...]],
+        dtype: torch.dtype,
+    ) -> _Moment:
+        """The input stage is evaluated here: once, on the time average, and per step for inputs with time."""
+        first, *layers, feedback = links
+        mean_input = time_average(x, block.neuron.leak, dtype) if block.input_has_time else x
+        moments = first.moments(mean_input) if block.input_has_time else None
+        if block.input_has_time and not first.connection.is_known and first.connection.uses_batch_statistics:
+            raise ValueError(
+                "an input stage of your own cannot contain batch norm when the input has time: its training "
+                "statistics are those of the mean input; use Connection(nn.Conv2d(...), batch_norm=True)"
+            )
+        drive = first.respond(mean_input, "batch", update_running=True)
+        value = drive.detach()
+        at = None
+        if block.input_has_time:
+            stage = first.affine(moments)
+
+            def at(t: int) -> Tensor:
+                return stage(x[t].detach().to(dtype))
+
+        return cls(block, EquilibriumMap(feedback, tuple(layers), drive, block.neuron), value, at, shapes)
+
+    def simulate(self, record: Record) -> Rates:
+        feedback, layers = self.map.feedback.frozen, [layer.frozen for layer in self.map.layers]
+        drive = self.drive_value if self.drive_at is None else self.drive_at
+        return simulate(drive, layers, feedback, self.shapes, self.block.neuron, self.block.time_steps, record)
+
+
+def _as_connection(module: nn.Module) -> Connection:
+    return module if isinstance(module, Connection) else Connection(module)

@@ -1,0 +1,156 @@
+"""The equilibrium map f of a feedback SNN and products with its Jacobian.
+
+    a_1 = sigma((W_fb a_n + Xbar) / V_th)       a_i = sigma(layer_i(a_{i-1}) / V_th),  i = 2..n
+    composed: a_n = f(a_n)
+
+    J w = D_n K_n ... D_2 K_2 D_1 K_fb w / V_th^n         D_i = sigma' (0 or 1 per neuron), K linear parts
+    J^T v = K_fb^T D_1 K_2^T D_2 ... K_n^T D_n v / V_th^n
+
+Source: Xiao et al., NeurIPS 2021, sections 4.1 to 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ide_snn.layers import Affine, FixedConnection, Statistics
+from ide_snn.neurons import NeuronParams, sigma, sigma_mask
+
+Products = Literal["auto", "analytic", "autograd"]
+
+
+class Linearisation(Protocol):
+    """J at one point; both products act on tensors of the shape of a_n [B, *] and carry no graph."""
+
+    def matvec(self, w: Tensor) -> Tensor:
+        """J w."""
+        ...
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        """J^T v."""
+        ...
+
+
+@dataclass(frozen=True)
+class EquilibriumMap:
+    """a -> f(a) for the connections and the drive of one forward.
+
+    Attributes:
+        feedback, layers: the recurrent connections, fixed for this forward.
+        drive: Xbar [B, *], with its graph to the input stage.
+        neuron: threshold and leak (f depends on the threshold only).
+    """
+
+    feedback: FixedConnection
+    layers: Sequence[FixedConnection]
+    drive: Tensor
+    neuron: NeuronParams
+
+    @property
+    def chain(self) -> tuple[FixedConnection, ...]:
+        return (self.feedback, *self.layers)
+
+    @property
+    def couples_samples(self) -> bool:
+        """True where f with batch statistics makes a sample's rates depend on the others'."""
+        return any(link.connection.uses_batch_statistics for link in self.chain)
+
+    def __call__(self, a: Tensor, statistics: Statistics, *, update_running: bool = False) -> Tensor:
+        """f(a), differentiable in a, the drive and the connections' parameters; [B, *]."""
+        z = self.feedback.respond(a, statistics, update_running=update_running) + self.drive
+        for layer in self.layers:
+            a = sigma(z / self.neuron.v_threshold)
+            z = layer.respond(a, statistics, update_running=update_running)
+        return sigma(z / self.neuron.v_threshold)
+
+    def linearise(self, a: Tensor, statistics: Statistics, products: Products = "auto") -> Linearisation:
+        """J at a.
+
+        Args:
+            a: point [B, *].
+            statistics: what the chain's batch norms normalise by.
+            products: "analytic" (known connections and running statistics only), "autograd" (anything), or
+                "auto", which takes the analytic ones where it can.
+
+        Raises:
+            ValueError: if analytic products are asked for where there are none.
+        """
+        couples = statistics == "batch" and self.couples_samples
+        analytic = not couples and all(link.connection.is_known for link in self.chain)
+        if products == "analytic" and not analytic:
+            raise ValueError(
+                "analytic products need known connections (linear, conv, transposed conv) and running statistics; "
+                "use products='auto' or 'autograd'"
+            )
+        if analytic and products != "autograd":
+            return analytic_linearisation(self, a)
+        with torch.enable_grad():
+            point = a.detach().requires_grad_()
+            return AutogradLinearisation(point, self(point, statistics))
+
+
+@dataclass(frozen=True)
+class AnalyticLinearisation:
+    """Products by the connections' own adjoints; `slopes` are gain_i sigma'(z_i) / V_th."""
+
+    maps: tuple[Affine, ...]
+    slopes: tuple[Tensor, ...]
+
+    def matvec(self, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            for link, slope in zip(self.maps, self.slopes, strict=True):
+                w = link.linear(w) * slope
+        return w
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            for link, slope in zip(reversed(self.maps), reversed(self.slopes), strict=True):
+                v = link.adjoint(v * slope)
+        return v
+
+
+def analytic_linearisation(f: EquilibriumMap, a: Tensor) -> AnalyticLinearisation:
+    """J of f at a with running statistics; each dropout gain is merged into the slope behind it."""
+    maps, slopes = [], []
+    drive: Tensor | None = f.drive.detach()
+    with torch.no_grad():
+        for link in f.chain:
+            affine = link.frozen
+            assert isinstance(affine, Affine)  # the caller has seen that all connections are known
+            z = affine(a) if drive is None else affine(a) + drive
+            z = z / f.neuron.v_threshold
+            drive = None  # enters at the first population only
+            slope = sigma_mask(z).to(a.dtype) / f.neuron.v_threshold
+            slopes.append(slope if affine.gain is None else slope * affine.gain)
+            maps.append(replace(affine, gain=None))
+            a = sigma(z)
+    return AnalyticLinearisation(tuple(maps), tuple(slopes))
+
+
+@dataclass(frozen=True)
+class AutogradLinearisation:
+    """Products through the graph of f at `point`, which is built once and kept."""
+
+    point: Tensor
+    value: Tensor
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return torch.autograd.grad(self.value, self.point, v, retain_graph=True)[0]
+
+    def matvec(self, w: Tensor) -> Tensor:
+        # J w is the derivative of v -> <J^T v, w>, which is linear in v
+        with torch.enable_grad():
+            v = torch.zeros_like(self.value, requires_grad=True)
+            (product,) = torch.autograd.grad(self.value, self.point, v, create_graph=True)
+            return torch.autograd.grad(product, v, w)[0]
+
+
+def dense_jacobian(product: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """The matrix [N, N] of a linear map on tensors of the shape of `like`, column by column; small N only."""
+    basis = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
+    return torch.stack([product(e.view_as(like)).flatten() for e in basis], dim=1)

@@ -1,0 +1,154 @@
+"""The gradient of a block whose value is a vector of rates near the fixed point of f.
+
+The value is what it is (simulated rates, or a solved equilibrium); its gradient is that of the fixed point:
+
+    (I - J^T) v = dL/da,  J = df/da        dL/dtheta = (df/dtheta)^T v        dL/dx = (df/dx)^T v
+
+f is applied once, differentiably; the chain rule through it does the right-hand sides.
+Source: Xiao et al., NeurIPS 2021, section 4.3.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ide_snn.equilibrium import AutogradLinearisation, EquilibriumMap, Linearisation
+from ide_snn.solvers import ADVICE, LinearProblem, Outcome, Solution, Solver, SolverWarning, solve
+
+SolveHook = Callable[[Solution], None]
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """Implicit differentiation.
+
+    Args:
+        jacobian_bn: statistics of the chain's batch norms in J while training: "running" (those of the simulated
+            dynamics; samples stay independent) or "batch" (what f's own derivative says; couples the samples,
+            and ||J|| can exceed 1).
+        jacobian_at: take J at the rates, or at f of the rates (with f's own statistics).
+
+    In evaluation mode f and J use running statistics whatever is chosen.
+    """
+
+    jacobian_bn: Literal["running", "batch"] = "running"
+    jacobian_at: Literal["rate", "f"] = "rate"
+
+    def __post_init__(self) -> None:
+        if self.jacobian_bn not in ("running", "batch"):
+            raise ValueError(f"jacobian_bn must be 'running' or 'batch', got {self.jacobian_bn!r}")
+        if self.jacobian_at not in ("rate", "f"):
+            raise ValueError(f"jacobian_at must be 'rate' or 'f', got {self.jacobian_at!r}")
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Differentiate `steps` fixed-point steps a <- f(a) from the rates: memory grows with steps.
+
+    An independent check of `Implicit`: at the fixed point it sums the first `steps` terms of the Neumann
+    series of (I - J^T)^-1, J with f's own statistics (`jacobian_bn="batch"`).
+    """
+
+    steps: int = 30
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"unrolled steps must be at least 1, got {self.steps}")
+
+
+Gradient = Implicit | Unrolled
+GRADIENTS = {"implicit": Implicit, "unrolled": Unrolled}
+
+
+def attach_gradient(
+    rates: Tensor,
+    f: EquilibriumMap,
+    gradient: Gradient,
+    solver: Solver,
+    hooks: tuple[SolveHook, ...] = (),
+) -> Tensor:
+    """A tensor with the value of `rates` [B, *] and the gradient of f's fixed point.
+
+    Updates the running statistics of the chain's batch norms that are in training mode, once.
+
+    Args:
+        rates: the point; carries no graph.
+        f: the equilibrium map of this forward.
+        gradient: how to differentiate.
+        solver: for the linear system of `Implicit`.
+        hooks: called with the `Solution` of every backward solve.
+    """
+    if isinstance(gradient, Unrolled):
+        z = f(rates, "batch", update_running=True)
+        for _ in range(gradient.steps - 1):
+            z = f(z, "batch")
+        return rates + (z - z.detach())
+    couples = gradient.jacobian_bn == "batch" and f.couples_samples
+    # Where f's own graph has the Jacobian that is wanted, one graph serves the solve and the parameters.
+    shared = couples and gradient.jacobian_at == "rate"
+    jacobian = None if shared else _jacobian(rates, f, gradient)
+    point = rates.detach().requires_grad_(shared)
+    image = f(point, "batch", update_running=True)
+    if not image.requires_grad:
+        return rates
+    if jacobian is None:
+        jacobian = AutogradLinearisation(point, image)
+    splice: Tensor = _FixedPointGradient.apply(image, rates, jacobian, solver, couples, hooks)
+    return splice
+
+
+def _jacobian(rates: Tensor, f: EquilibriumMap, gradient: Implicit) -> Linearisation | None:
+    """J where it was asked for, with the running statistics that the simulation used: before f updates them."""
+    if not torch.is_grad_enabled():
+        return None
+    if gradient.jacobian_at == "rate":
+        return f.linearise(rates, gradient.jacobian_bn)
+    with torch.no_grad():
+        image = f(rates, "batch").to(rates.dtype)
+    return f.linearise(image, gradient.jacobian_bn)
+
+
+class _FixedPointGradient(torch.autograd.Function):
+    """Forward: the rates. Backward: dL/da -> v = (I - J^T)^-1 dL/da, handed on to f(a)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        _image: Tensor,
+        rates: Tensor,
+        jacobian: Linearisation,
+        solver: Solver,
+        coupled: bool,
+        hooks: tuple[SolveHook, ...],
+    ) -> Tensor:
+        ctx.solve = jacobian, solver, coupled, hooks
+        return rates.view_as(rates)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        jacobian, solver, coupled, hooks = ctx.solve
+        with torch.autocast(cotangent.device.type, enabled=False):
+            solution = solve(LinearProblem(jacobian.rmatvec, cotangent, coupled), solver)
+        for hook in hooks:
+            hook(solution)
+        if solution.outcome is not Outcome.converged:
+            warn_about(solution.outcome, solver)
+        return solution.value, None, None, None, None, None
+
+
+def warn_about(outcome: Outcome, solver: Solver) -> None:
+    """Says that a solve failed. The text has no measured numbers, so that Python shows it once, not per step."""
+    warnings.warn(
+        f"{type(solver).__name__} ended with outcome {outcome} (tol {solver.tol:g}, max_steps {solver.max_steps}) and "
+        f"its best finite iterate was used. {ADVICE[outcome]}",
+        SolverWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,353 @@
+"""Connections between populations, and the same connections with everything fixed for one forward.
+
+A connection is an affine map (linear | conv | transposed conv | a user's own module), then optionally batch
+norm, average pooling and variational dropout. During one forward its weight, statistics and dropout gain are
+fixed and shared by all time steps, by the equilibrium map f and by its Jacobian:
+
+    Connection --prepare--> FixedConnection --affine--> Affine
+     parameters              weight computed once,       detached, batch norm folded into the weight;
+                             gain drawn once             y -> K y + b and the adjoint K^T
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ide_snn.operators import KNOWN_MODULES, Operator
+from ide_snn.optimizations import VariationalDropout, constrain, get_constraint, raw_weight, update_constraints
+
+Statistics = Literal["batch", "running"]
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class Connection(nn.Module):
+    """An affine map between populations.
+
+    Args:
+        op: `nn.Linear`, `nn.Conv2d`, `nn.ConvTranspose2d` (solved with analytic adjoints), or any module that is
+            affine once its batch norms use fixed statistics (solved with autograd products).
+        batch_norm: normalise the output channels (known modules only; a user's module brings its own).
+        pool: kernel size and stride of average pooling; 1 is none.
+        dropout: probability of variational dropout of the output.
+        constraint: constraint on `op.weight`, see `ide_snn.optimizations`.
+        bound: its c.
+        input_size: (height, width) of the input; `spectral_operator` needs it.
+        generator: for the start of the constraint's power iteration.
+
+    Raises:
+        ValueError: for an option the module cannot have, or dropout inside a user's module.
+    """
+
+    def __init__(
+        self,
+        op: nn.Module,
+        *,
+        batch_norm: bool = False,
+        pool: int = 1,
+        dropout: float = 0.0,
+        constraint: str = "none",
+        bound: float = 1.0,
+        input_size: tuple[int, ...] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        known = isinstance(op, KNOWN_MODULES)
+        if not known and (batch_norm or constraint != "none"):
+            names = ", ".join(m.__name__ for m in KNOWN_MODULES)
+            raise ValueError(
+                f"batch_norm and constraint are for {names}; put them inside your {type(op).__name__} instead"
+            )
+        if any(isinstance(m, nn.modules.dropout._DropoutNd) for m in op.modules()):
+            raise ValueError(
+                f"{type(op).__name__} contains torch dropout, whose mask would change in every time step; "
+                "use Connection(..., dropout=p)"
+            )
+        if pool < 1:
+            raise ValueError(f"pool must be at least 1, got {pool}")
+        self.op = op
+        self.operator = Operator.of(op) if known else None
+        self.pool = pool
+        self.bn = _batch_norm_for(op) if batch_norm else None
+        self.dropout = VariationalDropout(dropout)
+        if constraint != "none":
+            constrain(op, constraint, bound=bound, input_size=input_size, generator=generator)
+        self._affine_checked: set[tuple[int, ...]] = set()
+
+    @property
+    def is_known(self) -> bool:
+        """True where adjoints are analytic."""
+        return self.operator is not None
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """True where a training forward of f normalises by statistics of the batch."""
+        return any(isinstance(m, BatchNorm) and m.training for m in self.modules())
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the response, without the batch, to an input of `shape` [C, H, W] or [C]."""
+        if self.operator is not None:
+            return _pooled(self.operator.output_shape(shape), self.pool)
+        reference = next(iter(self.op.parameters()), torch.empty(0))
+        with torch.no_grad(), frozen_statistics(self.op):
+            response = self.op(torch.zeros(1, *shape, dtype=reference.dtype, device=reference.device))
+        return _pooled(tuple(response.shape[1:]), self.pool)
+
+    def prepare(
+        self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
+    ) -> FixedConnection:
+        """Fixes this connection for one forward: advances its constraints, computes its weight, draws its gain.
+
+        Args:
+            shape: of the input, without the batch.
+            like: a tensor [B, *] of the state's dtype and device; only B, dtype and device are read.
+            generator: for the dropout gain.
+        """
+        if self.training:
+            update_constraints(self)
+        if not self.is_known:
+            self._require_affine(shape, like)
+        output = self.output_shape(shape)
+        gain = self.dropout.draw(like.new_empty(like.shape[0], *output), generator)
+        weight = self.op.weight if self.is_known else None
+        bias = self.op.bias if self.is_known else None
+        return FixedConnection(self, weight, bias, gain, shape, output)  # type: ignore[arg-type]
+
+    def _require_affine(self, shape: tuple[int, ...], like: Tensor) -> None:
+        """Raises ValueError if the user's module is not affine; checked once per input shape."""
+        if shape in self._affine_checked:
+            return
+        generator = torch.Generator().manual_seed(0)
+        x, y = (torch.randn(1, *shape, generator=generator).to(like) for _ in range(2))
+        with torch.no_grad(), frozen_statistics(self.op):
+            mixed, separate = self.op(0.75 * x + 0.25 * y), 0.75 * self.op(x) + 0.25 * self.op(y)
+        tolerance = 1e3 * torch.finfo(mixed.dtype).eps * (1 + float(separate.abs().max()))
+        if not bool(((mixed - separate).abs() <= tolerance).all()):
+            raise ValueError(
+                f"{type(self.op).__name__} is not affine, but simulation, equilibrium and gradient of a feedback SNN "
+                "require connections that are affine for fixed statistics: remove activations and random layers "
+                "from it (the populations are the nonlinearity)"
+            )
+        self._affine_checked.add(shape)
+
+    def feedback_diagnostics(self) -> dict[str, float]:
+        """Norm in use, largest |alpha| stored, and the excess of the true norm over its estimate, for logs."""
+        constraint = get_constraint(self.op)
+        if constraint is None:
+            return {}
+        raw = raw_weight(self.op).detach()
+        with torch.no_grad():
+            used = constraint.alpha.clamp(-constraint.bound, constraint.bound)
+            used = used * constraint.exact_norm(raw) / constraint.norm(raw)
+        return {
+            "feedback_norm": float(used.abs().max()),
+            "alpha": float(constraint.alpha.detach().abs().max()),
+            "norm_excess": constraint.excess(raw),
+        }
+
+    def extra_repr(self) -> str:
+        return f"pool={self.pool}" if self.pool > 1 else ""
+
+
+@dataclass(frozen=True)
+class FixedConnection:
+    """A connection during one forward. `weight` and `bias` carry the graph to the parameters."""
+
+    connection: Connection
+    weight: Tensor | None
+    bias: Tensor | None
+    gain: Tensor | None
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+    def respond(self, x: Tensor, statistics: Statistics, *, update_running: bool = False) -> Tensor:
+        """gain * pool(BN(K x + b)), differentiable in x and in the parameters.
+
+        Args:
+            x: [B, *input_shape].
+            statistics: what batch norms in training mode normalise by; others always use running ones.
+            update_running: update the running statistics, which a training forward does exactly once.
+        """
+        owner = self.connection
+        if owner.operator is None:
+            with batch_norm_scope(owner.op, statistics, update_running=update_running):
+                y = owner.op(x)
+        else:
+            assert self.weight is not None  # known connections have one
+            y = owner.operator.apply(x, self.weight, self.bias)
+        if owner.bn is not None:
+            y = _normalise(owner.bn, y, statistics, update_running=update_running)
+        if owner.pool > 1:
+            y = F.avg_pool2d(y, owner.pool)
+        return y if self.gain is None else y * self.gain
+
+    @cached_property
+    def frozen(self) -> Affine | OpaqueAffine:
+        """The detached affine map with the running statistics at its first use in this forward."""
+        return self.affine()
+
+    def affine(self, moments: tuple[Tensor, Tensor] | None = None) -> Affine | OpaqueAffine:
+        """The detached affine map with frozen statistics.
+
+        Args:
+            moments: (mean, biased variance) per channel to normalise by, instead of the running ones.
+        """
+        owner = self.connection
+        if owner.operator is None:
+            return OpaqueAffine(self)
+        assert self.weight is not None  # known connections have one
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        if owner.bn is not None:
+            with torch.no_grad():
+                scale, shift = _fold(owner.bn, moments)
+            weight = weight * owner.operator.per_output(scale)
+            bias = shift if bias is None else bias * scale + shift
+        return Affine(owner.operator, weight, bias, owner.pool, self.gain, self.input_shape)
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and biased variance per channel of K x + b, where this connection's batch norm uses the batch's."""
+        bn = self.connection.bn
+        if bn is None or not bn.training or self.weight is None or self.connection.operator is None:
+            return None
+        with torch.no_grad():
+            y = self.connection.operator.apply(x, self.weight, self.bias)
+            var, mean = torch.var_mean(y, [d for d in range(y.dim()) if d != 1], correction=0)
+        return mean, var
+
+
+@dataclass(frozen=True)
+class Affine:
+    """x -> gain * pool(K x + b) and its adjoint, for one of the known operators; carries no graph."""
+
+    operator: Operator
+    weight: Tensor
+    bias: Tensor | None
+    pool: int
+    gain: Tensor | None
+    input_shape: tuple[int, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._finish(self.operator.apply(x, self.weight, self.bias))
+
+    def linear(self, x: Tensor) -> Tensor:
+        """The linear part, gain * pool(K x)."""
+        return self._finish(self.operator.apply(x, self.weight))
+
+    def _finish(self, y: Tensor) -> Tensor:
+        if self.pool > 1:
+            y = F.avg_pool2d(y, self.pool)
+        return y if self.gain is None else y.mul_(self.gain)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """K^T pool^T (gain * y); y is not modified."""
+        if self.gain is not None:
+            y = y * self.gain
+        if self.pool > 1:
+            y = _unpool(y, self.pool, self.operator.output_shape(self.input_shape))
+        return self.operator.adjoint(y, self.weight, self.input_shape)
+
+    @property
+    def is_silent_at_zero(self) -> bool:
+        """True where no input spikes means no output, so that the product can be skipped."""
+        return self.bias is None
+
+
+@dataclass(frozen=True)
+class OpaqueAffine:
+    """A user's affine module with frozen statistics; no adjoint of its own."""
+
+    fixed: FixedConnection
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.fixed.respond(x, "running")
+
+    @property
+    def is_silent_at_zero(self) -> bool:
+        return False
+
+
+@contextmanager
+def batch_norm_scope(module: nn.Module, statistics: Statistics, *, update_running: bool) -> Iterator[None]:
+    """Runs a user's module with the statistics asked for; modes and buffers are restored exactly.
+
+    Everything but batch norm is in evaluation mode, so that constraints inside advance only in `prepare`.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    norms = [m for m, training in modes if isinstance(m, BatchNorm) and training]
+    tracking = [(m, m.track_running_stats, m.running_mean, m.running_var) for m in norms]
+    try:
+        for m, _ in modes:
+            m.training = False
+        for norm in norms:
+            norm.training = statistics == "batch"
+            if statistics == "running":
+                norm.running_mean, norm.running_var = _copy(norm.running_mean), _copy(norm.running_var)
+            elif not update_running:
+                norm.running_mean = norm.running_var = None
+                norm.track_running_stats = False
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for norm, tracks, mean, var in tracking:
+            norm.track_running_stats, norm.running_mean, norm.running_var = tracks, mean, var
+
+
+def frozen_statistics(module: nn.Module) -> AbstractContextManager[None]:
+    """Scope in which batch norms in `module` use, and do not touch, their running statistics."""
+    return batch_norm_scope(module, "running", update_running=False)
+
+
+def cached_weights() -> AbstractContextManager[None]:
+    """Scope in which parametrized weights of users' modules are computed once; for use without gradients."""
+    return parametrize.cached()
+
+
+def _batch_norm_for(op: nn.Module) -> BatchNorm:
+    if isinstance(op, nn.Linear):
+        return nn.BatchNorm1d(op.out_features)
+    return nn.BatchNorm2d(op.out_channels)  # type: ignore[arg-type]
+
+
+def _normalise(bn: BatchNorm, y: Tensor, statistics: Statistics, *, update_running: bool) -> Tensor:
+    if not bn.training or (statistics == "batch" and update_running):
+        return bn(y)
+    by_batch = statistics == "batch"
+    mean, var = (None, None) if by_batch else (_copy(bn.running_mean), _copy(bn.running_var))
+    return F.batch_norm(y, mean, var, bn.weight, bn.bias, by_batch, 0.0, bn.eps)
+
+
+def _copy(statistic: Tensor | None) -> Tensor | None:
+    """Graphs built with running statistics outlive their update in the same forward: they get their own copy."""
+    return None if statistic is None else statistic.clone()
+
+
+def _fold(bn: BatchNorm, moments: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """(scale, shift) per channel with BN(y) = scale * y + shift."""
+    mean, var = (bn.running_mean, bn.running_var) if moments is None else moments
+    assert mean is not None  # connections create their batch norms with running statistics
+    assert var is not None
+    scale = bn.weight.detach() * torch.rsqrt(var + bn.eps)
+    return scale, bn.bias.detach() - mean * scale
+
+
+def _pooled(shape: tuple[int, ...], pool: int) -> tuple[int, ...]:
+    if pool == 1:
+        return shape
+    if len(shape) != 3 or min(shape[1:]) < pool:
+        raise ValueError(f"cannot pool {list(shape)} by {pool}: pooling needs [C, H, W] with H, W >= {pool}")
+    return (shape[0], shape[1] // pool, shape[2] // pool)
+
+
+def _unpool(y: Tensor, pool: int, shape: tuple[int, ...]) -> Tensor:
+    """Adjoint of average pooling; rows and columns that pooling drops get zero."""
+    spread = F.interpolate(y, scale_factor=pool, mode="nearest") / pool**2
+    return F.pad(spread, (0, shape[2] - spread.shape[3], 0, shape[1] - spread.shape[2]))

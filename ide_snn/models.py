@@ -1,0 +1,255 @@
+"""The paper's networks on the one block, each followed by a linear classifier of the last rates.
+
+| name       | network                                                                          |
+| ---------- | -------------------------------------------------------------------------------- |
+| F400       | `SNNIDEFCNet`: 784-400, feedback 400-400                                         |
+| F64C5      | `SNNIDEConvNet`: 5x5 conv, 64 channels, stride 2; feedback 5x5 conv              |
+| AlexNet-F  | `SNNIDEConvMultiLayerNet`: 96-256-384-384-256, feedback 3x3 transposed conv      |
+| CIFARNet-F | `SNNIDEConvMultiLayerNet`: 128-256-512-1024-512, feedback 3x3 transposed conv    |
+
+Initial weights: every output channel drawn from U(-1, 1) and scaled to norm 1, biases 0, batch norm 1 and 0,
+alpha = the feedback weight's norm. Source: Xiao et al., NeurIPS 2021, section 5 and appendix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ide_snn.block import FeedbackSNN
+from ide_snn.implicit import Gradient, Implicit
+from ide_snn.layers import Connection
+from ide_snn.neurons import NeuronParams
+from ide_snn.operators import KNOWN_MODULES, Operator
+from ide_snn.solvers import Gmres, Solver
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Keyword arguments that all three networks take.
+
+    Args:
+        neuron: threshold and leak of every population.
+        time_steps: T.
+        solver: for the implicit linear system.
+        gradient: `Implicit` or `Unrolled`.
+        dropout: variational dropout behind every connection, input and feedback included.
+        constraint: constraint on the feedback weight, see `ide_snn.optimizations`.
+        gamma: its bound in units of the threshold, c = gamma V_th.
+        batch_norm: batch norm behind the input stage and every connection of the chain (never the feedback).
+        input_has_time: inputs are [T, B, C, H, W].
+        check_input: refuse NaN and infinity in the input.
+        generator: draws the initial weights.
+    """
+
+    neuron: NeuronParams = field(default_factory=NeuronParams)
+    time_steps: int = 30
+    solver: Solver = field(default_factory=Gmres)
+    gradient: Gradient = field(default_factory=Implicit)
+    dropout: float = 0.2
+    constraint: str = "spectral_matrix"
+    gamma: float = 0.5
+    batch_norm: bool = True
+    input_has_time: bool = False
+    check_input: bool = True
+    generator: torch.Generator | None = None
+
+    def connection(self, op: nn.Module) -> Connection:
+        """A forward connection with freshly drawn weights."""
+        initialise(op, self.generator)
+        return Connection(op, batch_norm=self.batch_norm, dropout=self.dropout)
+
+    def feedback(self, op: nn.Module, input_size: tuple[int, ...]) -> Connection:
+        """The constrained feedback connection with freshly drawn weights; `input_size` is (H, W) or ()."""
+        initialise(op, self.generator)
+        return Connection(
+            op,
+            dropout=self.dropout,
+            constraint=self.constraint,
+            bound=self.gamma * self.neuron.v_threshold,
+            input_size=input_size,
+            generator=self.generator,
+        )
+
+    def block(self, input_stage: Connection, layers: Sequence[Connection], feedback: Connection) -> FeedbackSNN:
+        return FeedbackSNN(
+            input=input_stage,
+            layers=layers,
+            feedback=feedback,
+            neuron=self.neuron,
+            time_steps=self.time_steps,
+            solver=self.solver,
+            gradient=self.gradient,
+            input_has_time=self.input_has_time,
+            check_input=self.check_input,
+        )
+
+
+class FeedbackClassifier(nn.Module):
+    """A feedback block and a linear classifier of its rates.
+
+    Args:
+        block: the spiking part.
+        input_shape: of one input without time and batch, [C, H, W] or [C].
+        num_classes: of the classifier.
+        generator: draws the classifier's initial weights.
+
+    Shapes: x [B, *input_shape] ([T, B, *input_shape] for inputs with time) -> logits [B, num_classes].
+    """
+
+    def __init__(
+        self,
+        block: FeedbackSNN,
+        input_shape: Sequence[int],
+        num_classes: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        self.input_shape = tuple(input_shape)
+        self.block = block
+        self.population_shapes = block.population_shapes(self._block_input_shape())
+        self.classifier = nn.Linear(math.prod(self.population_shapes[-1]), num_classes)
+        initialise(self.classifier, generator)
+
+    @property
+    def num_neurons(self) -> int:
+        """Neurons as the paper counts them: input, populations and classes."""
+        inside = sum(math.prod(shape) for shape in self.population_shapes)
+        return math.prod(self.input_shape) + inside + self.classifier.out_features
+
+    def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        lead = 2 if self.block.input_has_time else 1
+        if tuple(x.shape[lead:]) != self.input_shape:
+            expected = ["T", "B", *self.input_shape][2 - lead :]
+            raise ValueError(f"input must have shape {expected}, got {list(x.shape)}")
+        x = x.reshape(*x.shape[:lead], *self._block_input_shape())
+        return self.classifier(self.block(x, generator=generator).flatten(1))
+
+    def _block_input_shape(self) -> tuple[int, ...]:
+        return self.input_shape
+
+
+class SNNIDEFCNet(FeedbackClassifier):
+    """Fully connected: one population of `hidden` neurons with feedback among all of them.
+
+    Args:
+        input_shape: of one input; flattened.
+        num_classes: of the classifier.
+        hidden: neurons of the population.
+        options: see `NetworkOptions`; an unknown one raises TypeError.
+    """
+
+    def __init__(self, input_shape: Sequence[int], num_classes: int, *, hidden: int = 400, **options: Any) -> None:
+        opts = NetworkOptions(**options)
+        features = math.prod(input_shape)
+        stage = opts.connection(nn.Linear(features, hidden))
+        feedback = opts.feedback(nn.Linear(hidden, hidden, bias=False), ())
+        super().__init__(opts.block(stage, (), feedback), input_shape, num_classes, opts.generator)
+
+    def _block_input_shape(self) -> tuple[int, ...]:
+        return (math.prod(self.input_shape),)
+
+
+class SNNIDEConvNet(FeedbackClassifier):
+    """Convolutional: one population of `channels` maps with convolutional feedback.
+
+    Args:
+        input_shape: [C, H, W].
+        num_classes: of the classifier.
+        channels: maps of the population.
+        kernel_size: odd, of the input stage and of the feedback (which keeps the maps' size).
+        stride, padding: of the input stage.
+        options: see `NetworkOptions`; an unknown one raises TypeError.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        *,
+        channels: int = 64,
+        kernel_size: int = 5,
+        stride: int = 2,
+        padding: int = 2,
+        **options: Any,
+    ) -> None:
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd for the feedback to keep the map's size, got {kernel_size}")
+        opts = NetworkOptions(**options)
+        stage = opts.connection(_conv(input_shape, channels, kernel_size, stride, padding))
+        feedback = opts.feedback(
+            nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, bias=False),
+            stage.output_shape(tuple(input_shape))[1:],
+        )
+        super().__init__(opts.block(stage, (), feedback), input_shape, num_classes, opts.generator)
+
+
+class SNNIDEConvMultiLayerNet(FeedbackClassifier):
+    """Convolutional with several populations: 3x3 convolutions forward, a 3x3 transposed convolution back.
+
+    Args:
+        input_shape: [C, H, W]; H and W divisible by the product of the strides.
+        num_classes: of the classifier.
+        channels: maps of each population; at least two populations.
+        strides: of the input stage and of every connection of the chain, one per population.
+        options: see `NetworkOptions`; an unknown one raises TypeError.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        *,
+        channels: Sequence[int] = (96, 256, 384, 384, 256),
+        strides: Sequence[int] = (2, 1, 2, 1, 1),
+        **options: Any,
+    ) -> None:
+        if len(channels) != len(strides) or len(channels) < 2:
+            raise ValueError(
+                f"channels {list(channels)} and strides {list(strides)} must have the same length, at least 2; "
+                "for one population use SNNIDEConvNet"
+            )
+        opts = NetworkOptions(**options)
+        stage = opts.connection(_conv(input_shape, channels[0], 3, strides[0], 1))
+        shape = stage.output_shape(tuple(input_shape))
+        layers = []
+        for width, stride in zip(channels[1:], strides[1:], strict=True):
+            layers.append(opts.connection(_conv(shape, width, 3, stride, 1)))
+            shape = layers[-1].output_shape(shape)
+        up = math.prod(strides[1:])
+        feedback = opts.feedback(
+            nn.ConvTranspose2d(channels[-1], channels[0], 3, up, 1, output_padding=up - 1, bias=False),
+            shape[1:],
+        )
+        super().__init__(opts.block(stage, layers, feedback), input_shape, num_classes, opts.generator)
+
+
+def initialise(module: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
+    """Every output channel from U(-1, 1), scaled to norm 1; bias 0. Returns the module.
+
+    Raises:
+        TypeError: for a module that is not linear, conv or transposed conv.
+    """
+    if not isinstance(module, KNOWN_MODULES):
+        raise TypeError(f"cannot initialise {type(module).__name__}")
+    channel = Operator.of(module).output_dim_of_weight
+    with torch.no_grad():
+        weight = module.weight.uniform_(-1, 1, generator=generator)
+        rest = [d for d in range(weight.dim()) if d != channel]
+        weight.div_(torch.linalg.vector_norm(weight, dim=rest, keepdim=True))
+        if module.bias is not None:
+            module.bias.zero_()
+    return module
+
+
+def _conv(input_shape: Sequence[int], channels: int, kernel: int, stride: int, padding: int) -> nn.Conv2d:
+    if len(input_shape) != 3:
+        raise ValueError(f"a convolutional network needs input_shape [C, H, W], got {list(input_shape)}")
+    return nn.Conv2d(input_shape[0], channels, kernel, stride, padding)

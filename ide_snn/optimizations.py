@@ -1,0 +1,368 @@
+"""Constraints on the feedback weight, as torch parametrizations, and variational dropout.
+
+    W_fb = clip(alpha, -c, c) W / ||W||           alpha learnable, stored unclipped, clipped in use
+
+With ||.|| a bound of the operator norm and c = gamma V_th (gamma = 0.5 in the paper, so c = 1 for V_th = 2),
+||W_fb|| <= gamma V_th and the equilibrium map of a network with one population is a contraction.
+Source: Xiao et al., NeurIPS 2021, section 4.4 and appendix; which norm is meant is a choice here:
+
+| name                        | ||W||                                                      | bounds the operator |
+| --------------------------- | ---------------------------------------------------------- | ------------------- |
+| `spectral_matrix`           | 2-norm of W as the matrix (output channels, the rest)      | linear only         |
+| `spectral_matrix_first_dim` | the same with the first dimension; differs if transposed   | linear only         |
+| `spectral_operator`         | 2-norm of the convolution at its real spatial size         | yes                 |
+| `frobenius`                 | root of the sum of squares                                 | linear only         |
+| `weight_norm`               | 2-norm of each output channel, with an alpha for each      | no                  |
+| `none`                      | no constraint                                              | no                  |
+
+2-norms are estimated by power iteration, one step per training forward and none in evaluation. The estimate
+approaches from below, so it is iterated to convergence at construction; `excess` measures what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ide_snn.operators import Operator
+
+log = logging.getLogger(__name__)
+
+
+class NormConstraint(nn.Module):
+    """W -> clip(alpha, -c, c) W / ||W||; subclasses say which norm.
+
+    Reading the weight changes nothing. `update` advances the norm's estimate; a constrained module that is
+    called by itself does so once per training forward, `FeedbackSNN` once per training forward of the block.
+
+    Args:
+        operator: geometry of the constrained module.
+        weight: its initial weight; alpha starts at ||weight||, so nothing changes unless ||weight|| > c.
+        bound: c > 0.
+
+    Raises:
+        ValueError: for a bound that is not positive, or a zero weight.
+    """
+
+    alpha: nn.Parameter
+
+    def __init__(self, operator: Operator, weight: Tensor, bound: float) -> None:
+        super().__init__()
+        if not (math.isfinite(bound) and bound > 0):
+            raise ValueError(f"the bound c on the norm must be positive and finite, got {bound}")
+        if not bool(weight.detach().any()):
+            raise ValueError("cannot constrain a zero weight: its norm is 0; initialise it first")
+        self.operator = operator
+        self.bound = bound
+
+    def _start(self, weight: Tensor) -> None:
+        self.alpha = nn.Parameter(self.norm(weight.detach()).detach().clone())
+
+    def norm(self, weight: Tensor) -> Tensor:
+        """The norm (or its current estimate), differentiable in `weight`; broadcasts against it."""
+        raise NotImplementedError
+
+    def exact_norm(self, weight: Tensor) -> Tensor:
+        """The norm without estimation error, for reports and tests; not differentiable."""
+        return self.norm(weight.detach())
+
+    def update(self, weight: Tensor) -> None:
+        """Improves the estimate by one step; norms in closed form have nothing to improve."""
+
+    def excess(self, weight: Tensor) -> float:
+        """max(true norm / estimate) - 1: by how much ||W_fb|| <= c may be exceeded at present."""
+        return float((self.exact_norm(weight) / self.norm(weight.detach())).max()) - 1
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return (self.alpha.clamp(-self.bound, self.bound) / self.norm(weight)) * weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Assigning to the constrained weight sets W; its length has no effect, alpha keeps the norm."""
+        return weight
+
+    def extra_repr(self) -> str:
+        return f"bound={self.bound}"
+
+
+class PowerIteration(NormConstraint):
+    """A norm sigma = <u, K v> of a linear map K, by power iteration on its singular vectors u and v."""
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(
+        self,
+        operator: Operator,
+        weight: Tensor,
+        bound: float,
+        *,
+        input_size: tuple[int, ...] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(operator, weight, bound)
+        self.input_size = input_size
+        weight = weight.detach()
+        start = torch.randn(self._shape_of_v(weight), generator=generator, dtype=torch.float64)
+        self.register_buffer("v", start.to(weight) / start.norm().to(weight))
+        self.register_buffer("u", self.times(weight, self.v))
+        steps = self.converge(weight)
+        self._start(weight)
+        log.info(
+            "%s: norm %.6g after %d power iterations, true/estimated - 1 = %.1e",
+            type(self).__name__,
+            float(self.norm(weight)),
+            steps,
+            self.excess(weight),
+        )
+
+    def _shape_of_v(self, weight: Tensor) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def times(self, weight: Tensor, v: Tensor) -> Tensor:
+        """K v."""
+        raise NotImplementedError
+
+    def adjoint_times(self, weight: Tensor, u: Tensor) -> Tensor:
+        """K^T u."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def update(self, weight: Tensor) -> None:
+        u = _unit(self.times(weight, self.v))
+        self.v.copy_(_unit(self.adjoint_times(weight, u)))
+        self.u.copy_(_unit(self.times(weight, self.v)))
+
+    @torch.no_grad()
+    def converge(self, weight: Tensor, *, rtol: float = 1e-6, max_steps: int = 10_000) -> int:
+        """Iterates until the estimate changes by less than `rtol` relative; returns the steps taken."""
+        previous = 0.0
+        for count in range(1, max_steps + 1):
+            self.update(weight)
+            estimate = float(self.norm(weight))
+            if abs(estimate - previous) <= rtol * estimate:
+                return count
+            previous = estimate
+        log.warning("power iteration did not settle to %g relative within %d steps", rtol, max_steps)
+        return max_steps
+
+    def norm(self, weight: Tensor) -> Tensor:
+        # clones: a later update must not change what autograd has saved of this forward
+        return (self.u.clone() * self.times(weight, self.v.clone())).sum()
+
+
+class SpectralMatrix(PowerIteration):
+    """||W||_2 of W reshaped to (output channels, rest), the paper's norm."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.transpose(0, self.operator.output_dim_of_weight).flatten(1)
+
+    def _shape_of_v(self, weight: Tensor) -> tuple[int, ...]:
+        return (self.matrix(weight).shape[1],)
+
+    def times(self, weight: Tensor, v: Tensor) -> Tensor:
+        return torch.mv(self.matrix(weight), v)
+
+    def adjoint_times(self, weight: Tensor, u: Tensor) -> Tensor:
+        return torch.mv(self.matrix(weight).t(), u)
+
+    def exact_norm(self, weight: Tensor) -> Tensor:
+        matrix = self.matrix(weight.detach()).double()
+        # the Gram matrix of the short side: an eigenvalue problem of a few hundred instead of a full SVD
+        gram = matrix @ matrix.t() if matrix.shape[0] <= matrix.shape[1] else matrix.t() @ matrix
+        return torch.linalg.eigvalsh(gram)[-1].sqrt()
+
+
+class SpectralMatrixFirstDim(SpectralMatrix):
+    """||W||_2 of W reshaped to (first dimension, rest): for weights made by the original code only."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+
+class SpectralOperator(PowerIteration):
+    """The true operator norm of the (transposed) convolution on inputs of [C, *input_size]."""
+
+    def _shape_of_v(self, weight: Tensor) -> tuple[int, ...]:
+        if self.operator.kind == "linear":
+            return (1, self.operator.in_channels)
+        if self.input_size is None or len(self.input_size) != 2:
+            raise ValueError("constraint spectral_operator needs input_size=(height, width) of the convolution's input")
+        return (1, self.operator.in_channels, *self.input_size)
+
+    def times(self, weight: Tensor, v: Tensor) -> Tensor:
+        return self.operator.apply(v, weight)
+
+    def adjoint_times(self, weight: Tensor, u: Tensor) -> Tensor:
+        return self.operator.adjoint(u, weight, tuple(self.v.shape[1:]))
+
+    def exact_norm(self, weight: Tensor) -> Tensor:
+        weight = weight.detach().double()
+        v, previous = self.v.double(), 0.0
+        for _ in range(2_000):
+            response = self.times(weight, v)
+            estimate = float(response.norm())
+            if abs(estimate - previous) <= 1e-8 * estimate:
+                break
+            previous = estimate
+            v = _unit(self.adjoint_times(weight, response))
+        return response.norm()
+
+
+class Frobenius(NormConstraint):
+    """||W||_F, an upper bound of the matrix 2-norm in closed form."""
+
+    def __init__(self, operator: Operator, weight: Tensor, bound: float) -> None:
+        super().__init__(operator, weight, bound)
+        self._start(weight)
+
+    def norm(self, weight: Tensor) -> Tensor:
+        return weight.norm()
+
+
+class WeightNorm(NormConstraint):
+    """Each output channel has its own length: alpha has one entry per channel (Salimans & Kingma, 2016).
+
+    Every |alpha| <= c leaves ||W_fb||_2 up to c sqrt(output channels): this one does not bound the operator.
+    """
+
+    def __init__(self, operator: Operator, weight: Tensor, bound: float) -> None:
+        super().__init__(operator, weight, bound)
+        if operator.kind == "conv_transposed" and operator.groups != 1:
+            raise ValueError("weight_norm does not support grouped transposed convolutions: use groups=1")
+        if bool((self.norm(weight.detach()) == 0).any()):
+            raise ValueError("weight_norm: an output channel has only zero weights; initialise it first")
+        self._start(weight)
+
+    def norm(self, weight: Tensor) -> Tensor:
+        channel = self.operator.output_dim_of_weight
+        others = [d for d in range(weight.dim()) if d != channel]
+        return torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+
+
+CONSTRAINTS: dict[str, type[NormConstraint] | None] = {
+    "spectral_matrix": SpectralMatrix,
+    "spectral_operator": SpectralOperator,
+    "frobenius": Frobenius,
+    "weight_norm": WeightNorm,
+    "none": None,
+    "spectral_matrix_first_dim": SpectralMatrixFirstDim,
+}
+
+
+def constrain(
+    module: nn.Module,
+    name: str,
+    *,
+    bound: float = 1.0,
+    input_size: tuple[int, ...] | None = None,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Constrains `module.weight` in place and returns the module.
+
+    Args:
+        module: `nn.Linear`, `nn.Conv2d` or `nn.ConvTranspose2d`, with its initial weight.
+        name: a key of `CONSTRAINTS`.
+        bound: c; the norm in use never exceeds it.
+        input_size: (height, width) of the module's input; `spectral_operator` on convolutions needs it.
+        generator: for the start of the power iteration.
+
+    Raises:
+        ValueError: unknown name, or a bound, weight or size the constraint cannot work with.
+    """
+    if name not in CONSTRAINTS:
+        raise ValueError(f"unknown constraint {name!r}; valid are {', '.join(CONSTRAINTS)}")
+    if get_constraint(module) is not None:
+        raise ValueError("the module's weight is already constrained; remove that constraint first")
+    kind = CONSTRAINTS[name]
+    if kind is None:
+        return module
+    operator, weight = Operator.of(module), module.weight
+    assert isinstance(weight, Tensor)  # narrows the type of nn.Module's attribute
+    if issubclass(kind, PowerIteration):
+        constraint: NormConstraint = kind(operator, weight, bound, input_size=input_size, generator=generator)
+    else:
+        constraint = kind(operator, weight, bound)
+    parametrize.register_parametrization(module, "weight", constraint)
+    module.register_forward_pre_hook(_update_before_training_forward)
+    return module
+
+
+def _update_before_training_forward(module: nn.Module, _inputs: object) -> None:
+    if module.training:
+        update_constraints(module, recurse=False)
+
+
+def get_constraint(module: nn.Module) -> NormConstraint | None:
+    """The constraint on `module.weight`, or None."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    return next((p for p in module.parametrizations["weight"] if isinstance(p, NormConstraint)), None)  # type: ignore[index]
+
+
+def raw_weight(module: nn.Module) -> Tensor:
+    """The W that a constrained module's optimizer sees; `module.weight` is alpha W / ||W||."""
+    if get_constraint(module) is None:
+        return module.weight  # type: ignore[return-value]
+    return module.parametrizations["weight"].original  # type: ignore[index,union-attr,return-value]
+
+
+def update_constraints(module: nn.Module, *, recurse: bool = True) -> None:
+    """One step of every norm estimate in `module`; each training forward needs exactly one."""
+    for host in module.modules() if recurse else (module,):
+        constraint = get_constraint(host)
+        if constraint is not None:
+            constraint.update(raw_weight(host))
+
+
+def remove_constraint(module: nn.Module) -> nn.Module:
+    """Leaves a plain parameter with the constrained value.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if get_constraint(module) is None:
+        raise ValueError(f"{type(module).__name__} has no constrained weight")
+    hooks: dict[int, Callable[..., object]] = module._forward_pre_hooks  # torch has no public way to look one up
+    for key in [k for k, hook in hooks.items() if hook is _update_before_training_forward]:
+        del hooks[key]
+    return parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+class VariationalDropout(nn.Module):
+    """Dropout whose mask is drawn once and then shared by all time steps of a forward.
+
+    Called on a tensor it is ordinary dropout; `draw` gives the gain mask / (1 - p) to reuse.
+    Source: Gal & Ghahramani, NeurIPS 2016; Xiao et al., NeurIPS 2021, appendix on training details.
+
+    Raises:
+        ValueError: for p outside [0, 1).
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout probability must lie in [0, 1), got {p}")
+        self.p = p
+
+    def draw(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
+        """Gain in {0, 1/(1-p)} of the shape, type, device and layout of `like`; None where it would be 1."""
+        if not self.training or self.p == 0:
+            return None
+        keep = torch.empty_like(like, requires_grad=False).bernoulli_(1 - self.p, generator=generator)
+        return keep.div_(1 - self.p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = self.draw(x)
+        return x if gain is None else x * gain
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm()

@@ -1,0 +1,263 @@
+"""Problems, verdicts, and the one loop that every solver runs in.
+
+Two kinds of problem:
+
+    linear      v = b + A v        residual r(v) = b + A v - v,  measured as ||r|| / ||b||
+    nonlinear   z = f(z)           residual r(z) = f(z) - z,     measured as ||r|| / ||f(z)||
+
+The loop evaluates the true residual of every iterate (never a recurrence's estimate of it), decides, and asks
+the method for the next iterate. Unknowns are handled as [G, N]: one row (group) per sample where samples do
+not influence each other, a single row where they do. The residual is relative to each group's own scale, so
+neither the scale of the loss nor the other samples of a batch decide how well a sample is solved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# A residual that has grown this much over the best one seen will not come back.
+DIVERGENCE_FACTOR = 1e4
+
+
+class Outcome(str, Enum):
+    """How a solve ended."""
+
+    converged = "converged"
+    max_steps = "max_steps"
+    diverged = "diverged"
+    nonfinite = "nonfinite"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+ADVICE = {
+    Outcome.converged: "every group's residual is below the tolerance",
+    Outcome.max_steps: "the steps ran out: raise max_steps, loosen tol, or use solver gmres or anderson",
+    Outcome.diverged: "the iteration moves away from the solution: lower damping, or use solver gmres, anderson or "
+    "broyden; the norm of the Jacobian may exceed 1 (see constraint, gamma and jacobian_bn)",
+    Outcome.nonfinite: "NaN or infinity appeared: look at the loss and its gradient, lower the learning rate",
+}
+
+
+class SolverWarning(UserWarning):
+    """A solve did not converge; its best finite iterate was used."""
+
+
+@dataclass(frozen=True)
+class SolveStats:
+    """What a solve cost and how well it ended.
+
+    steps: iterations (for GMRES: Krylov dimensions); products: evaluations of A v or f(z), verdict included;
+    residual: relative residual of the returned value per group, [G] on the CPU; trace: the largest one after
+    each evaluation, if asked for.
+    """
+
+    steps: int
+    products: int
+    residual: Tensor
+    trace: tuple[float, ...] | None = None
+
+    @property
+    def max_residual(self) -> float:
+        return float(self.residual.max()) if self.residual.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The best finite iterate, of the shape asked for, and the verdict on it."""
+
+    value: Tensor
+    outcome: Outcome
+    stats: SolveStats
+
+    @property
+    def message(self) -> str:
+        """One sentence for a person."""
+        return (
+            f"{self.outcome} after {self.stats.steps} steps, largest relative residual "
+            f"{self.stats.max_residual:.2e}: {ADVICE[self.outcome]}"
+        )
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """v = rhs + A v with `matvec` v -> A v on tensors of rhs's shape [B, *].
+
+    coupled: True where A mixes samples of the batch; then there is one group.
+    """
+
+    matvec: Callable[[Tensor], Tensor]
+    rhs: Tensor
+    coupled: bool = False
+
+    @property
+    def start(self) -> Tensor:
+        return self.rhs
+
+    def image(self, y: Tensor) -> Tensor:
+        """b + A y, the fixed-point map of the problem."""
+        return self.rhs + self.matvec(y)
+
+    def scale(self, image: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: ARG002
+        return rows(self.rhs).norm(dim=1)
+
+
+@dataclass(frozen=True)
+class FixedPointProblem:
+    """z = f(z) on tensors of the shape of `start` [B, *]."""
+
+    f: Callable[[Tensor], Tensor]
+    start: Tensor
+    coupled: bool = False
+
+    def image(self, y: Tensor) -> Tensor:
+        return self.f(y)
+
+    def scale(self, image: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
+        return rows(image).norm(dim=1)
+
+
+Problem = LinearProblem | FixedPointProblem
+
+
+class Method(Protocol):
+    """The memory of one solve. Lives as long as the solve."""
+
+    def advance(self, y: Tensor, r: Tensor, budget: int) -> tuple[Tensor, int, int]:
+        """From iterate y with residual r, both [G, N], to (next iterate, steps taken <= budget, products used)."""
+        ...
+
+
+class Workspace:
+    """The problem seen as rows [G, N]: views, no copies, for contiguous and channels-last tensors alike."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        start = problem.start
+        self.shape = start.shape
+        self.channels_last = start.dim() == 4 and start.is_contiguous(memory_format=torch.channels_last)
+        self.groups = 1 if problem.coupled else start.shape[0]
+
+    def rows(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            x = x.permute(0, 2, 3, 1)
+        return x.reshape(self.groups, -1)
+
+    def unrows(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            b, c, h, w = self.shape
+            return x.view(b, h, w, c).permute(0, 3, 1, 2)
+        return x.view(self.shape)
+
+    def image(self, y: Tensor) -> Tensor:
+        return self.problem.image(self.unrows(y))
+
+    def matvec(self, y: Tensor) -> Tensor:
+        if not isinstance(self.problem, LinearProblem):
+            raise TypeError("matvec is defined for linear problems only")
+        return self.rows(self.problem.matvec(self.unrows(y)))
+
+
+class Solver(Protocol):
+    """A solver is a value: a frozen dataclass with the settings, and `begin` for one solve's memory."""
+
+    @property
+    def tol(self) -> float: ...
+
+    @property
+    def max_steps(self) -> int: ...
+
+    def begin(self, work: Workspace) -> Method: ...
+
+
+def check_settings(solver: Solver) -> None:
+    """Raises ValueError for settings no solver can work with."""
+    if not (math.isfinite(solver.tol) and solver.tol > 0):
+        raise ValueError(f"tol must be a positive finite number, got {solver.tol}")
+    if solver.max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {solver.max_steps}")
+
+
+def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: bool = False) -> Solution:
+    """Solves v = b + A v or z = f(z).
+
+    Args:
+        problem: what to solve; its tensors are not modified.
+        solver: how (`FixedPoint`, `Anderson`, `Broyden`, `Gmres`).
+        y0: first iterate; by default the right-hand side (linear) or `problem.start` (nonlinear).
+        trace: keep the largest residual after each evaluation.
+
+    Returns:
+        The best finite iterate per group with the verdict on it. Nothing is raised for a failed solve: the
+        caller sees `outcome`. If not even the first iterate has a finite residual, it is returned as it is,
+        so a NaN stays a NaN.
+
+    One device synchronisation per evaluation: the residuals, which stopping needs.
+    """
+    with torch.no_grad():
+        return _solve(Workspace(problem), solver, problem.start if y0 is None else y0, trace)
+
+
+def _solve(work: Workspace, solver: Solver, y0: Tensor, keep_trace: bool) -> Solution:
+    method = solver.begin(work)
+    y = work.rows(y0.detach())
+    best, best_residual = y, torch.full((work.groups,), math.inf, dtype=torch.float64)
+    first = best_residual
+    trace: list[float] = []
+    steps, products = 0, 0
+    while True:
+        r, residual = _evaluate(work, y)
+        products += 1
+        trace.append(float(residual.max()) if residual.numel() else 0.0)
+        if products == 1:
+            first = residual
+        best, best_residual = _keep_best(best, best_residual, y, residual)
+        outcome = _verdict(best_residual, residual, first, solver, out_of_steps=steps >= solver.max_steps)
+        if outcome is not None:
+            stats = SolveStats(steps, products, best_residual, tuple(trace) if keep_trace else None)
+            return Solution(work.unrows(best), outcome, stats)
+        y, taken, used = method.advance(y, r, solver.max_steps - steps)
+        steps += taken
+        products += used
+
+
+def _evaluate(work: Workspace, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual r [G, N] of the iterate y, and its relative norm [G] on the CPU."""
+    image = work.image(y)
+    r = work.rows(image) - y
+    norms = torch.stack([r.norm(dim=1), work.problem.scale(image, work.rows)]).double().cpu()
+    absolute, scale = norms[0], norms[1]
+    # scale 0 happens for b = 0, whose solution v = 0 has residual 0 exactly
+    relative = torch.where(scale > 0, absolute / scale, torch.where(absolute > 0, math.inf, absolute))
+    return r, relative
+
+
+def _keep_best(best: Tensor, best_residual: Tensor, y: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    better = residual < best_residual  # False for NaN
+    if bool(better.all()):
+        return y, residual
+    if not bool(better.any()):
+        return best, best_residual
+    return torch.where(better.to(y.device)[:, None], y, best), torch.where(better, residual, best_residual)
+
+
+def _verdict(best: Tensor, now: Tensor, first: Tensor, solver: Solver, *, out_of_steps: bool) -> Outcome | None:
+    """The outcome if the solve is over, else None; all tensors are relative residuals [G] on the CPU."""
+    if bool((best <= solver.tol).all()):
+        return Outcome.converged
+    if not bool(torch.isfinite(now).all()):
+        return Outcome.nonfinite
+    unsolved = best > solver.tol
+    if bool((now[unsolved] > DIVERGENCE_FACTOR * best[unsolved]).any()):
+        return Outcome.diverged
+    if out_of_steps:
+        return Outcome.diverged if bool((now[unsolved] > first[unsolved]).any()) else Outcome.max_steps
+    return None
