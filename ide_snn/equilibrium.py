@@ -56,17 +56,27 @@ class EquilibriumMap:
         return (self.feedback, *self.layers)
 
     @property
+    def is_known(self) -> bool:
+        """True where every connection has an analytic adjoint."""
+        return all(link.connection.is_known for link in self.chain)
+
+    @property
     def couples_samples(self) -> bool:
         """True where f with batch statistics makes a sample's rates depend on the others'."""
         return any(link.connection.uses_batch_statistics for link in self.chain)
 
     def __call__(self, a: Tensor, statistics: Statistics, *, update_running: bool = False) -> Tensor:
         """f(a), differentiable in a, the drive and the connections' parameters; [B, *]."""
-        z = self.feedback.respond(a, statistics, update_running=update_running) + self.drive
+        return sigma(self.activations(a, statistics, update_running=update_running)[-1])
+
+    def activations(self, a: Tensor, statistics: Statistics, *, update_running: bool = False) -> list[Tensor]:
+        """z_1..z_n, the arguments of sigma in f(a), with their graph; z_i has the shape of population i."""
+        z = [self.feedback.respond(a, statistics, update_running=update_running) + self.drive]
         for layer in self.layers:
-            a = sigma(z / self.neuron.v_threshold)
-            z = layer.respond(a, statistics, update_running=update_running)
-        return sigma(z / self.neuron.v_threshold)
+            z[-1] = z[-1] / self.neuron.v_threshold
+            z.append(layer.respond(sigma(z[-1]), statistics, update_running=update_running))
+        z[-1] = z[-1] / self.neuron.v_threshold
+        return z
 
     def linearise(self, a: Tensor, statistics: Statistics, products: Products = "auto") -> Linearisation:
         """J at a.
@@ -81,17 +91,38 @@ class EquilibriumMap:
             ValueError: if analytic products are asked for where there are none.
         """
         couples = statistics == "batch" and self.couples_samples
-        analytic = not couples and all(link.connection.is_known for link in self.chain)
+        analytic = not couples and self.is_known
         if products == "analytic" and not analytic:
             raise ValueError(
                 "analytic products need known connections (linear, conv, transposed conv) and running statistics; "
                 "use products='auto' or 'autograd'"
             )
         if analytic and products != "autograd":
-            return analytic_linearisation(self, a)
+            return self.linearise_by(self._frozen_activations(a))
         with torch.enable_grad():
             point = a.detach().requires_grad_()
             return AutogradLinearisation(point, self(point, statistics))
+
+    def linearise_by(self, activations: Sequence[Tensor]) -> AnalyticLinearisation:
+        """J with running statistics for activations z_1..z_n that are already known.
+
+        Each slope sigma'(z_i) / V_th takes in the dropout gain of the connection before it.
+        """
+        maps, slopes = [], []
+        for link, z in zip(self.chain, activations, strict=True):
+            affine = link.frozen
+            assert isinstance(affine, Affine)  # callers have seen that all connections are known
+            slope = sigma_mask(z.detach()).to(torch.promote_types(z.dtype, torch.float32)).div_(self.neuron.v_threshold)
+            slopes.append(slope if affine.gain is None else slope.mul_(affine.gain))
+            maps.append(replace(affine, gain=None))
+        return AnalyticLinearisation(tuple(maps), tuple(slopes))
+
+    @torch.no_grad()
+    def _frozen_activations(self, a: Tensor) -> list[Tensor]:
+        z = [(self.feedback.frozen(a) + self.drive) / self.neuron.v_threshold]
+        for layer in self.layers:
+            z.append(layer.frozen(sigma(z[-1])) / self.neuron.v_threshold)
+        return z
 
 
 @dataclass(frozen=True)
@@ -112,24 +143,6 @@ class AnalyticLinearisation:
             for link, slope in zip(reversed(self.maps), reversed(self.slopes), strict=True):
                 v = link.adjoint(v * slope)
         return v
-
-
-def analytic_linearisation(f: EquilibriumMap, a: Tensor) -> AnalyticLinearisation:
-    """J of f at a with running statistics; each dropout gain is merged into the slope behind it."""
-    maps, slopes = [], []
-    drive: Tensor | None = f.drive.detach()
-    with torch.no_grad():
-        for link in f.chain:
-            affine = link.frozen
-            assert isinstance(affine, Affine)  # the caller has seen that all connections are known
-            z = affine(a) if drive is None else affine(a) + drive
-            z = z / f.neuron.v_threshold
-            drive = None  # enters at the first population only
-            slope = sigma_mask(z).to(a.dtype) / f.neuron.v_threshold
-            slopes.append(slope if affine.gain is None else slope * affine.gain)
-            maps.append(replace(affine, gain=None))
-            a = sigma(z)
-    return AnalyticLinearisation(tuple(maps), tuple(slopes))
 
 
 @dataclass(frozen=True)

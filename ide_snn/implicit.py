@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ide_snn.equilibrium import AutogradLinearisation, EquilibriumMap, Linearisation
+from ide_snn.neurons import sigma
 from ide_snn.solvers import ADVICE, LinearProblem, Outcome, Solution, Solver, SolverWarning, solve
 
 SolveHook = Callable[[Solution], None]
@@ -91,15 +92,18 @@ def attach_gradient(
             z = f(z, "batch")
         return rates + (z - z.detach())
     couples = gradient.jacobian_bn == "batch" and f.couples_samples
-    # Where f's own graph has the Jacobian that is wanted, one graph serves the solve and the parameters.
-    shared = couples and gradient.jacobian_at == "rate"
+    # Where f's own application at the rates has the Jacobian that is wanted, it serves the solve too: its graph
+    # (batch statistics, own modules), or just its activations (known connections).
+    shared = gradient.jacobian_at == "rate" and (couples or not f.couples_samples)
+    by_graph = shared and (couples or not f.is_known)
     jacobian = None if shared else _jacobian(rates, f, gradient)
-    point = rates.detach().requires_grad_(shared)
-    image = f(point, "batch", update_running=True)
+    point = rates.detach().requires_grad_(by_graph)
+    activations = f.activations(point, "batch", update_running=True)
+    image = sigma(activations[-1])
     if not image.requires_grad:
         return rates
     if jacobian is None:
-        jacobian = AutogradLinearisation(point, image)
+        jacobian = AutogradLinearisation(point, image) if by_graph else f.linearise_by(activations)
     splice: Tensor = _FixedPointGradient.apply(image, rates, jacobian, solver, couples, hooks)
     return splice
 

@@ -307,7 +307,7 @@ def get_constraint(module: nn.Module) -> NormConstraint | None:
 def raw_weight(module: nn.Module) -> Tensor:
     """The W that a constrained module's optimizer sees; `module.weight` is alpha W / ||W||."""
     if get_constraint(module) is None:
-        return module.weight  # type: ignore[return-value]
+        return module.weight
     return module.parametrizations["weight"].original  # type: ignore[index,union-attr,return-value]
 
 

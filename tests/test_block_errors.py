@@ -1,0 +1,91 @@
+"""Bad input to the block and the networks: one clear error each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import example_input, small_block
+from torch import nn
+
+from ide_snn import Connection, FeedbackSNN, NeuronParams, SNNIDEConvMultiLayerNet, SNNIDEConvNet, SNNIDEFCNet
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "5"])
+def test_time_steps(value: object) -> None:
+    with pytest.raises(ValueError, match="time_steps must be a whole number of at least 1"):
+        small_block("fc", time_steps=value)
+    block = small_block("fc")
+    with pytest.raises(ValueError, match="time_steps"):
+        block.time_steps = value
+    assert block.time_steps == 10
+
+
+@pytest.mark.parametrize("leak", [0.0, -0.1, 1.01, float("nan")])
+def test_leak(leak: float) -> None:
+    with pytest.raises(ValueError, match=r"leak must lie in \(0, 1\]"):
+        NeuronParams(2.0, leak)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_input(bad: float) -> None:
+    x = example_input("conv")
+    x[1, 0, 2, 2] = bad
+    with pytest.raises(ValueError, match="1 values that are NaN or infinite"):
+        small_block("conv")(x)
+
+
+def test_wrong_shapes() -> None:
+    with pytest.raises(ValueError, match=r"does not fit the network.*expects \[2, H, W\], got \[3, 8, 8\]"):
+        small_block("conv")(torch.zeros(4, 3, 8, 8).double())
+    with pytest.raises(ValueError, match=r"expects \[6\] features, got \[7\]"):
+        small_block("fc")(torch.zeros(4, 7).double())
+    with pytest.raises(ValueError, match=r"shape \[B, ...\]"):
+        small_block("fc")(torch.zeros(6).double())
+    with pytest.raises(ValueError, match="7 time steps but the network simulates 10"):
+        small_block("fc", input_has_time=True)(example_input("fc", time_steps=7))
+    with pytest.raises(ValueError, match=r"\['B', 1, 28, 28\], got \[2, 1, 8, 8\]"):
+        SNNIDEFCNet((1, 28, 28), 10)(torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="floating point"):
+        small_block("fc")(torch.zeros(4, 6, dtype=torch.uint8))
+
+
+def test_feedback_that_does_not_fit_population_one() -> None:
+    block = FeedbackSNN(input=nn.Conv2d(1, 2, 3, 2, 1), feedback=nn.Conv2d(2, 2, 3), time_steps=2)
+    with pytest.raises(
+        ValueError, match=r"feedback's output \[2, 2, 2\] must have the shape of population 1, \[2, 4, 4\]"
+    ):
+        block(torch.zeros(1, 1, 8, 8))
+
+
+def test_connection_options() -> None:
+    with pytest.raises(ValueError, match=r"dropout probability must lie in \[0, 1\)"):
+        Connection(nn.Linear(2, 2), dropout=1.0)
+    with pytest.raises(ValueError, match="pool must be at least 1"):
+        Connection(nn.Conv2d(2, 2, 3), pool=0)
+    with pytest.raises(ValueError, match="unknown constraint 'spectral'; valid are spectral_matrix, spectral_operator"):
+        Connection(nn.Linear(2, 2), constraint="spectral")
+    with pytest.raises(ValueError, match="put them inside your Identity instead"):
+        Connection(nn.Identity(), batch_norm=True)
+    with pytest.raises(ValueError, match="padding_mode='circular' is not supported"):
+        Connection(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"))
+
+
+def test_network_options() -> None:
+    with pytest.raises(TypeError, match="thresold"):
+        SNNIDEFCNet((4,), 2, thresold=1.0)
+    with pytest.raises(ValueError, match="same length"):
+        SNNIDEConvMultiLayerNet((3, 8, 8), 2, channels=(4, 4), strides=(2,))
+    with pytest.raises(ValueError, match="kernel_size must be odd"):
+        SNNIDEConvNet((1, 8, 8), 2, kernel_size=4)
+    with pytest.raises(ValueError, match=r"needs input_shape \[C, H, W\]"):
+        SNNIDEConvNet((8,), 2)
+    with pytest.raises(ValueError, match="num_classes must be at least 2"):
+        SNNIDEFCNet((4,), 1)
+
+
+def test_own_batch_norm_in_the_input_stage_with_time_is_refused_in_training() -> None:
+    stage = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)).double()
+    block = FeedbackSNN(input=stage, feedback=nn.Linear(8, 8).double(), time_steps=5, input_has_time=True)
+    with pytest.raises(ValueError, match="mean input"):
+        block(example_input("fc", time_steps=5))
+    assert block.eval()(example_input("fc", time_steps=5)).shape == (4, 8)
