@@ -184,9 +184,11 @@ class FeedbackSNN(nn.Module):
     def _state_like(self, x: Tensor) -> Tensor:
         """An empty tensor [B] of the dtype and device of membranes and rates."""
         batch = x.shape[1 if self.input_has_time else 0]
-        reference = next((p for p in self.parameters() if p.is_floating_point()), x)
-        dtype = torch.promote_types(reference.dtype, torch.float32)
+        dtype = torch.promote_types(self._parameter_dtype(x), torch.float32)
         return torch.empty(batch, dtype=dtype, device=x.device)
+
+    def _parameter_dtype(self, x: Tensor) -> torch.dtype:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
 
     def _check(self, x: Tensor) -> None:
         lead = "[T, B, ...]" if self.input_has_time else "[B, ...]"
@@ -199,6 +201,9 @@ class FeedbackSNN(nn.Module):
             )
         if not x.is_floating_point() and not self.input_has_time:
             raise ValueError(f"a constant input must be floating point, got {x.dtype}: convert with x.float()")
+        expected = self._parameter_dtype(x)
+        if not self.input_has_time and x.dtype != expected and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"input is {x.dtype} but the parameters are {expected}: convert with x.to({expected})")
         if self.check_input and x.is_floating_point() and not bool(torch.isfinite(x).all()):
             raise ValueError(
                 f"input has {int((~torch.isfinite(x)).sum())} values that are NaN or infinite: check its normalisation"

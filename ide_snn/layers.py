@@ -145,12 +145,12 @@ class Connection(nn.Module):
             return {}
         raw = raw_weight(self.op).detach()
         with torch.no_grad():
-            used = constraint.alpha.clamp(-constraint.bound, constraint.bound)
-            used = used * constraint.exact_norm(raw) / constraint.norm(raw)
+            ratio = constraint.exact_norm(raw) / constraint.norm(raw)
+            used = constraint.alpha.clamp(-constraint.bound, constraint.bound) * ratio
         return {
             "feedback_norm": float(used.abs().max()),
             "alpha": float(constraint.alpha.detach().abs().max()),
-            "norm_excess": constraint.excess(raw),
+            "norm_excess": float(ratio.max()) - 1,
         }
 
     def extra_repr(self) -> str:

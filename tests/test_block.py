@@ -14,6 +14,7 @@ from torch import nn
 
 from ide_snn import Connection, FeedbackSNN, FixedPoint, Gmres, NeuronParams, SNNIDEFCNet
 from ide_snn.neurons import step
+from ide_snn.optimizations import get_constraint
 from ide_snn.simulation import Record
 
 
@@ -252,3 +253,17 @@ def test_values_are_simulated_whatever_the_solver() -> None:
         assert torch.equal(block(x), expected)
         with torch.no_grad():
             assert torch.equal(block(x), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_constrained_weight_is_computed_once_per_forward(training: bool) -> None:
+    """And its norm's estimate advances once per training forward, not at all in evaluation."""
+    block = small_block("multilayer").train(training)
+    constraint = get_constraint(block.feedback.op)
+    calls, updates = [], []
+    constraint.register_forward_hook(lambda *_: calls.append(1))
+    update = constraint.update
+    constraint.update = lambda weight: (updates.append(1), update(weight))
+    block(example_input("multilayer")).sum().backward()
+    assert len(calls) == 1
+    assert len(updates) == int(training)

@@ -47,6 +47,8 @@ def test_wrong_shapes() -> None:
         SNNIDEFCNet((1, 28, 28), 10)(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match="floating point"):
         small_block("fc")(torch.zeros(4, 6, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"input is torch.float32 but the parameters are torch.float64"):
+        small_block("fc")(torch.zeros(4, 6))
 
 
 def test_feedback_that_does_not_fit_population_one() -> None:
