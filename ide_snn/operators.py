@@ -80,7 +80,9 @@ class Operator:
         if self.kind == "linear":
             return F.linear(y, weight.t())
         if self.kind == "conv_transposed":
-            return F.conv2d(y, weight, None, self.stride, self.padding, self.dilation, self.groups)
+            x = F.conv2d(y, weight, None, self.stride, self.padding, self.dilation, self.groups)
+            # an output_padding >= stride (allowed below the dilation) makes room for more than the input had
+            return x[..., : input_shape[1], : input_shape[2]]
         size = (y.shape[0], *input_shape)
         return conv2d_input(size, weight, y, self.stride, self.padding, self.dilation, self.groups)
 

@@ -16,7 +16,7 @@ Source: Xiao et al., NeurIPS 2021, section 4.4 and appendix; which norm is meant
 | `none`                      | no constraint                                              | no                  |
 
 2-norms are estimated by power iteration, one step per training forward and none in evaluation. The estimate
-approaches from below, so it is iterated to convergence at construction; `excess` measures what is left.
+approaches from below, so it starts converged; `excess` measures what training has moved it away.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ import logging
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -46,7 +49,7 @@ class NormConstraint(nn.Module):
         bound: c > 0.
 
     Raises:
-        ValueError: for a bound that is not positive, or a zero weight.
+        ValueError: for a bound that is not positive, or a weight that is zero or not finite.
     """
 
     alpha: nn.Parameter
@@ -55,10 +58,9 @@ class NormConstraint(nn.Module):
         super().__init__()
         if not (math.isfinite(bound) and bound > 0):
             raise ValueError(f"the bound c on the norm must be positive and finite, got {bound}")
-        if not bool(weight.detach().any()):
-            raise ValueError("cannot constrain a zero weight: its norm is 0; initialise it first")
         self.operator = operator
         self.bound = bound
+        _check_weight(weight)
 
     def _start(self, weight: Tensor) -> None:
         self.alpha = nn.Parameter(self.norm(weight.detach()).detach().clone())
@@ -83,6 +85,7 @@ class NormConstraint(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to the constrained weight sets W; its length has no effect, alpha keeps the norm."""
+        _check_weight(weight)
         return weight
 
     def extra_repr(self) -> str:
@@ -90,7 +93,10 @@ class NormConstraint(nn.Module):
 
 
 class PowerIteration(NormConstraint):
-    """A norm sigma = <u, K v> of a linear map K, by power iteration on its singular vectors u and v."""
+    """A norm sigma = <u, K v> of a linear map K, by power iteration on its singular vectors u and v.
+
+    Norms stay out of autocast: a bound rounded to 8 bits is none.
+    """
 
     u: Tensor
     v: Tensor
@@ -110,15 +116,10 @@ class PowerIteration(NormConstraint):
         start = torch.randn(self._shape_of_v(weight), generator=generator, dtype=torch.float64)
         self.register_buffer("v", start.to(weight) / start.norm().to(weight))
         self.register_buffer("u", self.times(weight, self.v))
-        steps = self.converge(weight)
+        self.converge(weight)
         self._start(weight)
-        log.info(
-            "%s: norm %.6g after %d power iterations, true/estimated - 1 = %.1e",
-            type(self).__name__,
-            float(self.norm(weight)),
-            steps,
-            self.excess(weight),
-        )
+        name, norm, excess = type(self).__name__, float(self.norm(weight)), self.excess(weight)
+        log.info("%s: norm %.6g, true/estimated - 1 = %.1e", name, norm, excess)
 
     def _shape_of_v(self, weight: Tensor) -> tuple[int, ...]:
         raise NotImplementedError
@@ -133,26 +134,49 @@ class PowerIteration(NormConstraint):
 
     @torch.no_grad()
     def update(self, weight: Tensor) -> None:
-        u = _unit(self.times(weight, self.v))
-        self.v.copy_(_unit(self.adjoint_times(weight, u)))
-        self.u.copy_(_unit(self.times(weight, self.v)))
+        with torch.autocast(weight.device.type, enabled=False):
+            u = _unit(self.times(weight, self.v))
+            self.v.copy_(_unit(self.adjoint_times(weight, u)))
+            self.u.copy_(_unit(self.times(weight, self.v)))
 
     @torch.no_grad()
-    def converge(self, weight: Tensor, *, rtol: float = 1e-6, max_steps: int = 10_000) -> int:
-        """Iterates until the estimate changes by less than `rtol` relative; returns the steps taken."""
-        previous = 0.0
-        for count in range(1, max_steps + 1):
-            self.update(weight)
-            estimate = float(self.norm(weight))
-            if abs(estimate - previous) <= rtol * estimate:
-                return count
-            previous = estimate
-        log.warning("power iteration did not settle to %g relative within %d steps", rtol, max_steps)
-        return max_steps
+    def converge(self, weight: Tensor) -> None:
+        """Sets u and v to the leading singular vectors.
+
+        By Lanczos: power iteration creeps where singular values cluster, as those of convolutions do, and
+        stopped at a relative change of 1e-6 it was seen to be 0.4 % too low.
+        """
+        self.v.copy_(self._leading(weight, self.v)[1])
+        self.update(weight)
+
+    def _leading(self, weight: Tensor, start: Tensor) -> tuple[float, Tensor]:
+        """The largest singular value of K and its right singular vector, in float64 from `start`."""
+        weight, v = weight.detach().double(), start.detach().double()
+
+        def gram(x: NDArray[np.float64]) -> NDArray[np.float64]:
+            moved = torch.from_numpy(x.copy()).to(weight.device).view(v.shape)
+            return self.adjoint_times(weight, self.times(weight, moved)).flatten().cpu().numpy()
+
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            n = v.numel()
+            if n > 1:  # ARPACK looks for fewer vectors than there are dimensions
+                operator = LinearOperator((n, n), matvec=gram, dtype=np.float64)
+                _, vectors = eigsh(operator, k=1, v0=v.flatten().cpu().numpy(), tol=1e-6)
+                v = torch.from_numpy(vectors[:, 0].copy()).to(v.device).view(v.shape)
+            return float(self.times(weight, v).norm() / v.norm()), v
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        super().right_inverse(weight)
+        before = self.norm(weight.detach())
+        self.update(weight)
+        if not torch.isclose(self.norm(weight.detach()), before, rtol=1e-4):  # another weight: u, v do not fit
+            self.converge(weight)
+        return weight
 
     def norm(self, weight: Tensor) -> Tensor:
-        # clones: a later update must not change what autograd has saved of this forward
-        return (self.u.clone() * self.times(weight, self.v.clone())).sum()
+        with torch.autocast(weight.device.type, enabled=False):
+            # clones: a later update must not change what autograd has saved of this forward
+            return (self.u.clone() * self.times(weight, self.v.clone())).sum()
 
 
 class SpectralMatrix(PowerIteration):
@@ -187,7 +211,7 @@ class SpectralMatrixFirstDim(SpectralMatrix):
 class SpectralOperator(PowerIteration):
     """The true operator norm of the (transposed) convolution on inputs of [C, *input_size]."""
 
-    def _shape_of_v(self, weight: Tensor) -> tuple[int, ...]:
+    def _shape_of_v(self, weight: Tensor) -> tuple[int, ...]:  # noqa: ARG002
         if self.operator.kind == "linear":
             return (1, self.operator.in_channels)
         if self.input_size is None or len(self.input_size) != 2:
@@ -201,16 +225,10 @@ class SpectralOperator(PowerIteration):
         return self.operator.adjoint(u, weight, tuple(self.v.shape[1:]))
 
     def exact_norm(self, weight: Tensor) -> Tensor:
-        weight = weight.detach().double()
-        v, previous = self.v.double(), 0.0
-        for _ in range(2_000):
-            response = self.times(weight, v)
-            estimate = float(response.norm())
-            if abs(estimate - previous) <= 1e-8 * estimate:
-                break
-            previous = estimate
-            v = _unit(self.adjoint_times(weight, response))
-        return response.norm()
+        # from a start of its own: from v it would find again what v has found
+        start = torch.randn(self.v.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        exact, _ = self._leading(weight, start.to(weight.device))
+        return torch.tensor(exact, dtype=torch.float64, device=weight.device)
 
 
 class Frobenius(NormConstraint):
@@ -307,8 +325,8 @@ def get_constraint(module: nn.Module) -> NormConstraint | None:
 def raw_weight(module: nn.Module) -> Tensor:
     """The W that a constrained module's optimizer sees; `module.weight` is alpha W / ||W||."""
     if get_constraint(module) is None:
-        return module.weight
-    return module.parametrizations["weight"].original  # type: ignore[index,union-attr,return-value]
+        return module.weight  # type: ignore[return-value]
+    return module.parametrizations["weight"].original  # type: ignore[index,union-attr]
 
 
 def update_constraints(module: nn.Module, *, recurse: bool = True) -> None:
@@ -362,6 +380,14 @@ class VariationalDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def _check_weight(weight: Tensor) -> None:
+    weight = weight.detach()
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("cannot constrain a weight that contains NaN or infinity")
+    if not bool(weight.any()):
+        raise ValueError("cannot constrain a zero weight: its norm is 0; initialise it first")
 
 
 def _unit(x: Tensor) -> Tensor:

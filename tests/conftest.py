@@ -11,6 +11,9 @@ import torch
 
 PROJECT = Path(__file__).resolve().parents[1]
 
+# The tests' tensors are small: a second thread only waits, badly so on a busy machine.
+torch.set_num_threads(1)
+
 
 def golden_dir() -> Path:
     """GOLDEN_DIR, or the project's copy.

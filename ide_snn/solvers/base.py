@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
@@ -149,7 +149,7 @@ class Workspace:
     def rows(self, x: Tensor) -> Tensor:
         if self.channels_last:
             x = x.permute(0, 2, 3, 1)
-        return x.reshape(self.groups, -1)
+        return x.reshape(self.groups, x.numel() // max(self.groups, 1))
 
     def unrows(self, x: Tensor) -> Tensor:
         if self.channels_last:
@@ -197,33 +197,68 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
 
     Returns:
         The best finite iterate per group with the verdict on it. Nothing is raised for a failed solve: the
-        caller sees `outcome`. If not even the first iterate has a finite residual, it is returned as it is,
-        so a NaN stays a NaN.
+        caller sees `outcome`. A group that fails does not end the solve of the others. If not even the first
+        iterate has a finite residual, it is returned as it is, so a NaN stays a NaN.
+
+    Raises:
+        ValueError: for a y0 of another shape, or a nonlinear problem for gmres.
 
     One device synchronisation per evaluation: the residuals, which stopping needs.
     """
+    if y0 is not None and y0.shape != problem.start.shape:
+        raise ValueError(f"y0 has the shape {list(y0.shape)}, the problem {list(problem.start.shape)}")
     with torch.no_grad():
-        return _solve(Workspace(problem), solver, problem.start if y0 is None else y0, trace)
+        if isinstance(problem, FixedPointProblem):
+            return _solve(Workspace(problem), solver, y0, trace)
+        unit = _unit(problem)
+        scaled = replace(problem, rhs=problem.rhs / unit)
+        solution = _solve(Workspace(scaled), solver, None if y0 is None else y0 / unit, trace)
+        return replace(solution, value=solution.value * unit)
 
 
-def _solve(work: Workspace, solver: Solver, y0: Tensor, keep_trace: bool) -> Solution:
-    method = solver.begin(work)
+def _unit(problem: LinearProblem) -> Tensor:
+    """A power of two near the largest |b| of each group, shaped to multiply b; 1 for groups of 0 or NaN.
+
+    Measured in this unit a solve is the same at any scale of b, bit for bit. Without it inner products of small
+    cotangents vanish: in float32 a b of 1e-23 would count as solved.
+    """
+    b = problem.rhs.detach()
+    size = b.abs().amax() if problem.coupled else b.unsqueeze(-1).flatten(1).abs().amax(dim=1)
+    _, exponent = torch.frexp(size)
+    limit = math.frexp(torch.finfo(b.dtype).max)[1] - 2
+    unit = torch.ldexp(torch.ones_like(size), exponent.clamp(-limit, limit))
+    unit = torch.where(size.isfinite() & (size > 0), unit, 1.0)
+    return unit if problem.coupled else unit.view(-1, *(1,) * (b.dim() - 1))
+
+
+def _first_iterate(work: Workspace, y0: Tensor | None) -> Tensor:
+    start = work.rows(work.problem.start.detach())
+    if y0 is None:
+        return start
     y = work.rows(y0.detach())
+    if isinstance(work.problem, FixedPointProblem):
+        return y
+    # b itself where it is the answer (b = 0) or must come back for all to see (NaN)
+    scale = start.norm(dim=1)
+    return torch.where(((scale > 0) & scale.isfinite())[:, None], y, start)
+
+
+def _solve(work: Workspace, solver: Solver, y0: Tensor | None, keep_trace: bool) -> Solution:
+    method = solver.begin(work)
+    y = start = _first_iterate(work, y0)
     best, best_residual = y, torch.full((work.groups,), math.inf, dtype=torch.float64)
-    first = best_residual
+    progress = _Progress(solver.tol)
     trace: list[float] = []
     steps, products = 0, 0
     while True:
         r, residual = _evaluate(work, y)
         products += 1
         trace.append(float(residual.max()) if residual.numel() else 0.0)
-        if products == 1:
-            first = residual
         best, best_residual = _keep_best(best, best_residual, y, residual)
-        outcome = _verdict(best_residual, residual, first, solver, out_of_steps=steps >= solver.max_steps)
+        outcome = progress.verdict(best_residual, residual, out_of_steps=steps >= solver.max_steps)
         if outcome is not None:
             stats = SolveStats(steps, products, best_residual, tuple(trace) if keep_trace else None)
-            return Solution(work.unrows(best), outcome, stats)
+            return Solution(work.unrows(best.clone() if best is start else best), outcome, stats)
         y, taken, used = method.advance(y, r, solver.max_steps - steps)
         steps += taken
         products += used
@@ -235,8 +270,9 @@ def _evaluate(work: Workspace, y: Tensor) -> tuple[Tensor, Tensor]:
     r = work.rows(image) - y
     norms = torch.stack([r.norm(dim=1), work.problem.scale(image, work.rows)]).double().cpu()
     absolute, scale = norms[0], norms[1]
-    # scale 0 happens for b = 0, whose solution v = 0 has residual 0 exactly
-    relative = torch.where(scale > 0, absolute / scale, torch.where(absolute > 0, math.inf, absolute))
+    # b = 0 has the solution v = 0 with residual 0 exactly. f(z) = 0 at some z, silent neurons, is nothing
+    # infinite: there the residual is measured against z, which makes it 1
+    relative = torch.where(scale > 0, absolute / scale, torch.where(absolute > 0, 1.0, absolute))
     return r, relative
 
 
@@ -249,15 +285,28 @@ def _keep_best(best: Tensor, best_residual: Tensor, y: Tensor, residual: Tensor)
     return torch.where(better.to(y.device)[:, None], y, best), torch.where(better, residual, best_residual)
 
 
-def _verdict(best: Tensor, now: Tensor, first: Tensor, solver: Solver, *, out_of_steps: bool) -> Outcome | None:
-    """The outcome if the solve is over, else None; all tensors are relative residuals [G] on the CPU."""
-    if bool((best <= solver.tol).all()):
-        return Outcome.converged
-    if not bool(torch.isfinite(now).all()):
-        return Outcome.nonfinite
-    unsolved = best > solver.tol
-    if bool((now[unsolved] > DIVERGENCE_FACTOR * best[unsolved]).any()):
-        return Outcome.diverged
-    if out_of_steps:
-        return Outcome.diverged if bool((now[unsolved] > first[unsolved]).any()) else Outcome.max_steps
-    return None
+class _Progress:
+    """Decides when a solve is over, group by group; all tensors are [G] on the CPU."""
+
+    def __init__(self, tol: float) -> None:
+        self.tol = tol
+        self.first: Tensor | None = None
+        self.nonfinite = self.diverged = torch.tensor(False)
+
+    def verdict(self, best: Tensor, now: Tensor, *, out_of_steps: bool) -> Outcome | None:
+        """The outcome if the solve is over, else None, from the best relative residuals and the present ones."""
+        self.first = now if self.first is None else self.first
+        unsolved = best > self.tol
+        if not bool(unsolved.any()):
+            return Outcome.converged
+        # a group keeps the failure seen first: what diverges overflows in the end
+        self.nonfinite = self.nonfinite | (~now.isfinite() & ~self.diverged)
+        worse = now > DIVERGENCE_FACTOR * best
+        if out_of_steps:
+            worse |= now > self.first
+        self.diverged = self.diverged | (worse & ~self.nonfinite)
+        if not out_of_steps and not bool((self.nonfinite | self.diverged)[unsolved].all()):
+            return None
+        if bool(self.nonfinite[unsolved].any()):
+            return Outcome.nonfinite
+        return Outcome.diverged if bool(self.diverged[unsolved].any()) else Outcome.max_steps

@@ -68,7 +68,7 @@ class _Arnoldi:
             vectors.append(basis)
             predicted = problem.append(torch.cat([column, length[None]]).double().cpu().numpy())
             # A little below tol: the true residual, which decides, differs from the predicted by rounding.
-            if not np.isfinite(predicted).all() or (predicted <= 0.9 * self.settings.tol * self.scale).all():
+            if (~np.isfinite(predicted) | (predicted <= 0.9 * self.settings.tol * self.scale)).all():
                 break
         coefficients = torch.from_numpy(problem.solution()).to(device=y.device, dtype=y.dtype)
         y = y.clone()

@@ -1,0 +1,162 @@
+"""Checkpoints: written atomically, plain containers only, safe to load (no code is executed).
+
+A file holds `{"format": 1, "config", "data", "model", "progress", "training"}`: the resolved configuration
+(from which the network is rebuilt), what the data were (normalisation, class names), the state dict, where the
+run stood, and, in `last.pt`, what is needed to continue it (optimiser, random states, running sums).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "FORMAT",
+    "Checkpoint",
+    "CheckpointError",
+    "config_differences",
+    "load_checkpoint",
+    "load_weights",
+    "save_checkpoint",
+    "write_atomically",
+]
+
+FORMAT = 1
+PARTS = ("format", "config", "data", "model", "progress", "training")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message names the file and the difference."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` read.
+
+    `training` is None where a run cannot be continued from it; `config` and `data` are empty where `fit` was
+    called without them.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    data: dict[str, Any]
+    model: dict[str, Tensor]
+    progress: dict[str, Any]
+    training: dict[str, Any] | None
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place at once.
+
+    Whatever happens, `path` holds either its old content or all of the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    if os.name == "posix":  # the new name survives a power cut only once the folder is on disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    *,
+    config: Mapping[str, Any],
+    data: Mapping[str, Any],
+    progress: Mapping[str, Any],
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint of `model`; the other parts are plain containers, numbers and tensors."""
+    content = {
+        "format": FORMAT,
+        "config": dict(config),
+        "data": dict(data),
+        "model": dict(model.state_dict()),
+        "progress": dict(progress),
+        "training": None if training is None else dict(training),
+    }
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU.
+
+    Raises CheckpointError for a missing, foreign, truncated or newer file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's hints on foreign files; they are refused anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # there is no end to what a damaged pickle can raise
+        raise CheckpointError(f"{path} is not a checkpoint of ide_snn, or it is damaged or truncated") from error
+    missing = set(PARTS) - set(content if isinstance(content, dict) else ())
+    if missing:
+        raise CheckpointError(f"{path} is not a checkpoint of ide_snn: it lacks {', '.join(sorted(missing))}")
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {content['format']}; this version reads {FORMAT}")
+    return Checkpoint(path, **{part: content[part] for part in PARTS[1:]})
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy the checkpoint's weights into `model`, or raise CheckpointError naming what differs."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in checkpoint.model.items()}
+    differences = [f"it lacks {name}" for name in expected if name not in found]
+    differences += [f"it has {name}, which the model has not" for name in found if name not in expected]
+    differences += [
+        f"{name} has shape {found[name]}, the model's {expected[name]}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    if differences:
+        more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
+        raise CheckpointError(f"{checkpoint.path} is a checkpoint of another model: {'; '.join(differences[:3])}{more}")
+    model.load_state_dict(checkpoint.model)
+
+
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore: tuple[str, ...] = ()) -> list[str]:
+    """Every option in which two resolved configurations differ, as 'key: old -> new'."""
+    before, after = _flatten(old), _flatten(new)
+    keys = [*before, *(key for key in after if key not in before)]
+    unset = "(unset)"
+    return [
+        f"{key}: {before.get(key, unset)} -> {after.get(key, unset)}"
+        for key in keys
+        if key not in ignore and before.get(key, unset) != after.get(key, unset)
+    ]
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,106 @@
+"""Batches from a data set that lies on the device."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ide_snn.data.base import Normalization, Split
+
+
+class DeviceLoader:
+    """Serves batches (inputs [B, C, H, W], labels [B]) of a split that stays on `device` as uint8.
+
+    A batch costs one gather and one normalisation there; there is no per-sample Python and no worker process.
+    The order of an epoch is a pure function of (seed, epoch), the same on every device, so there is no state
+    to save: a run that stopped after k batches of an epoch goes on with `epoch(epoch, start=k)`.
+
+    Args:
+        split: what to serve; moved to `device` once (not copied when it is there already).
+        batch_size: samples per batch; the last batch of an epoch may be smaller.
+        normalization: usually `dataset.normalization`.
+        device: where the data lie and the batches appear.
+        shuffle: a new random order in each epoch, otherwise the order of the split.
+        seed: of the random orders.
+        drop_last: leave out a last batch that is not full.
+        dtype: floating-point type of the inputs.
+
+    Raises:
+        ValueError: the arguments leave no batch to serve, or do not fit the split.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        normalization: Normalization,
+        device: str | torch.device = "cpu",
+        shuffle: bool,
+        seed: int = 0,
+        drop_last: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        if len(split) == 0:
+            raise ValueError("the split is empty, so there is no batch to serve")
+        if drop_last and batch_size > len(split):
+            raise ValueError(
+                f"drop_last leaves no batch: batch_size is {batch_size}, the split has {len(split)} samples"
+            )
+        channels = split.images.shape[1]
+        if len(normalization.mean) != channels:
+            raise ValueError(f"the images have {channels} channel(s), the normalization {len(normalization.mean)}")
+        self.images = split.images.to(device)
+        self.labels = split.labels.to(device)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self._constants = normalization.constants(self.images.device, dtype)
+
+    @property
+    def samples(self) -> int:
+        """Samples served per epoch."""
+        return len(self) * self.batch_size if self.drop_last else len(self.labels)
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        full, rest = divmod(len(self.labels), self.batch_size)
+        return full if self.drop_last or rest == 0 else full + 1
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch 0, for evaluation."""
+        return self.epoch(0)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch, without the first `start`.
+
+        Raises:
+            ValueError: `epoch` is negative or `start` is not in 0..len(self).
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch must not be negative, got {epoch}")
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start must lie in 0..{len(self)}, the batches of an epoch; got {start}")
+        return self._batches(epoch, start)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self._order(epoch)[start * self.batch_size : self.samples].to(self.images.device)
+        # by range, since order.split() would give one empty batch for an empty order
+        for first in range(0, len(order), self.batch_size):
+            index = order[first : first + self.batch_size]
+            inputs = self._constants.apply(self.images.index_select(0, index))
+            yield inputs, self.labels.index_select(0, index)
+
+    def _order(self, epoch: int) -> Tensor:
+        """Order of the samples in `epoch`: int64 [N] on the CPU."""
+        if not self.shuffle:
+            return torch.arange(len(self.labels))
+        # hashed together: seed + epoch would give run 1 the orders of run 0, one epoch later
+        mixed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0])
+        return torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(mixed))

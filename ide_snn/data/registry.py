@@ -1,0 +1,111 @@
+"""From a name and a few choices to a data set."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ide_snn.data.base import DataError, Dataset, Split
+from ide_snn.data.digits import load_digits
+from ide_snn.data.mnist import load_fashion_mnist, load_mnist
+
+DATASETS: Mapping[str, Callable[[Path | None], Dataset]] = {
+    "digits": load_digits,
+    "mnist": load_mnist,
+    "fashion_mnist": load_fashion_mnist,
+}
+
+
+def load_dataset(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    validation_size: int = 0,
+    split_seed: int = 0,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
+) -> Dataset:
+    """Load a data set into memory.
+
+    The validation split and the limits keep the proportions of the classes. They depend on the data and
+    `split_seed` only, a smaller limit takes a part of what a larger one takes, and the images keep their order.
+
+    Args:
+        name: one of `DATASETS`.
+        data_dir: the folder that holds MNIST/raw or FashionMNIST/raw; not needed for digits.
+        mean, std: replace the data set's own normalisation; one value per channel, after the division by its
+            input_scale.
+        validation_size: number of training images to set apart; 0 gives `validation=None`.
+        split_seed: selects which images the validation split and the limits take.
+        train_limit, test_limit: use this many images only; `train_limit` counts what validation leaves.
+
+    Raises:
+        DataError: no such name, missing or damaged files, or a size, mean or std that does not fit.
+    """
+    if name not in DATASETS:
+        close = difflib.get_close_matches(str(name).lower(), DATASETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise DataError(f"there is no data set {name!r}; choose one of {', '.join(DATASETS)}{hint}")
+    dataset = DATASETS[name](None if data_dir is None else Path(data_dir))
+    mean = dataset.mean if mean is None else _per_channel("mean", mean)
+    std = dataset.std if std is None else _per_channel("std", std)
+
+    train, validation = dataset.train, None
+    if validation_size != 0:
+        _check_size("validation_size", validation_size, 0, len(train) - 1)
+        train, validation = _take_part(train, validation_size, split_seed)
+    if train_limit is not None:
+        _check_size("train_limit", train_limit, 1, len(train))
+        _, train = _take_part(train, train_limit, split_seed)
+    test = dataset.test
+    if test_limit is not None:
+        _check_size("test_limit", test_limit, 1, len(test))
+        _, test = _take_part(test, test_limit, split_seed)
+    return replace(dataset, train=train, test=test, validation=validation, mean=mean, std=std)
+
+
+def stratified_order(labels: Tensor, seed: int) -> Tensor:
+    """A random order of all N items in which every prefix has nearly the proportions of the whole.
+
+    Item r = 0, 1, ... of the c items of a class, in random order, stands at (r + 1/2) / c; all items are
+    sorted by that.
+
+    Args:
+        labels: int64 [N].
+        seed: of the random order; a pure function of `labels` and `seed`.
+
+    Returns:
+        int64 [N], a permutation.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels[order]
+    position = torch.empty(len(labels), dtype=torch.float64)
+    for label in shuffled.unique():
+        members = (shuffled == label).nonzero().squeeze(1)
+        position[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+    return order[position.argsort(stable=True)]
+
+
+def _take_part(split: Split, size: int, seed: int) -> tuple[Split, Split]:
+    """(what is left, a stratified part of `size` images), each in the order of `split`."""
+    order = stratified_order(split.labels, seed)
+    return split.subset(order[size:].sort().values), split.subset(order[:size].sort().values)
+
+
+def _check_size(name: str, size: int, low: int, high: int) -> None:
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise DataError(f"{name} counts images, so it must be an integer; got {size!r}")
+    if not low <= size <= high:
+        raise DataError(f"{name} must lie in {low}..{high} here, got {size}")
+
+
+def _per_channel(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} must be a list with one number per channel, got {values!r}") from error

@@ -1,0 +1,120 @@
+"""What a model's feedback blocks report as it trains or is evaluated: solves, firing rates, feedback norms."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ide_snn.block import FeedbackSNN
+from ide_snn.simulation import Rates
+from ide_snn.solvers import Outcome, Solution
+
+__all__ = ["BlockMonitor", "feedback_blocks", "feedback_diagnostics"]
+
+
+def feedback_blocks(model: nn.Module) -> dict[str, FeedbackSNN]:
+    """The feedback blocks of a model with the prefix of their figures: none for a single block."""
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, FeedbackSNN)}
+    if len(blocks) == 1:
+        return {"": next(iter(blocks.values()))}
+    return {f"{name.replace('.', '_')}_": block for name, block in blocks.items()}
+
+
+def feedback_diagnostics(model: nn.Module) -> dict[str, float]:
+    """Feedback norm, alpha and the like of every block, by name."""
+    return {
+        f"feedback_{prefix}{name.removeprefix('feedback_')}": float(value)
+        for prefix, block in feedback_blocks(model).items()
+        for name, value in block.feedback_diagnostics().items()
+    }
+
+
+class BlockMonitor:
+    """While entered, sums up what the blocks of `model` report; leaves all tensors on the device.
+
+    Firing rates are summed only if asked for, since a block then has to count spikes; call `count(batch)` after
+    each forward pass, so that they are weighted by the batch size.
+    """
+
+    def __init__(self, model: nn.Module, *, firing_rates: bool = False) -> None:
+        self._blocks = feedback_blocks(model)
+        self._firing_rates = firing_rates
+        self._handles: list[Any] = []
+        self._last_rates: dict[str, Tensor] = {}
+        self._rates: dict[str, Tensor] = {}
+        self._samples = 0
+        self.solves = 0
+        self.failures = 0
+        self.steps = 0
+        self.max_steps = 0
+        self.residual = 0.0
+        self.max_residual = 0.0
+
+    def __enter__(self) -> BlockMonitor:
+        for prefix, block in self._blocks.items():
+            self._handles.append(block.register_solve_hook(self._on_solve))
+            if self._firing_rates:
+                hook = functools.partial(self._on_simulation, prefix)
+                self._handles.append(block.register_simulation_hook(hook))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _on_solve(self, solution: Solution) -> None:
+        self.solves += 1
+        self.failures += solution.outcome is not Outcome.converged
+        self.steps += solution.stats.steps
+        self.max_steps = max(self.max_steps, solution.stats.steps)
+        self.residual += solution.stats.max_residual
+        self.max_residual = max(self.max_residual, solution.stats.max_residual)
+
+    def _on_simulation(self, key: str, rates: Rates) -> None:
+        self._last_rates[key] = rates.firing_rate.detach()
+
+    def count(self, batch: int) -> None:
+        """Add the firing rates of the last forward pass, of `batch` samples."""
+        self._samples += batch
+        for key, rate in self._last_rates.items():
+            total = self._rates.get(key)
+            self._rates[key] = rate.double() * batch + (0.0 if total is None else total)
+
+    def firing_rate(self) -> dict[str, float]:
+        """Mean spikes per neuron and step of each population, by name."""
+        return dict(self._named_rates())
+
+    def _named_rates(self) -> Iterator[tuple[str, float]]:
+        for key, total in self._rates.items():
+            for index, value in enumerate((total / self._samples).tolist(), start=1):
+                yield f"{key}population_{index}", value
+
+    def solver(self) -> dict[str, int | float]:
+        """Figures of the solves so far; empty when there was none."""
+        if not self.solves:
+            return {}
+        return {
+            "solver_steps_mean": self.steps / self.solves,
+            "solver_steps_max": self.max_steps,
+            "solver_residual_mean": self.residual / self.solves,
+            "solver_residual_max": self.max_residual,
+            "solver_failures": self.failures,
+        }
+
+    def state_dict(self) -> dict[str, int | float]:
+        """The counts of the solves."""
+        return {name: getattr(self, name) for name in _COUNTERS}
+
+    def load_state_dict(self, state: Mapping[str, int | float]) -> None:
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+
+
+_COUNTERS = ("solves", "failures", "steps", "max_steps", "residual", "max_residual")

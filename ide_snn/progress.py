@@ -1,0 +1,84 @@
+"""The state of a training run, in plain containers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sized
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ide_snn.evaluation import Batch
+
+__all__ = ["Batches", "FitResult", "Progress", "describe", "random_state", "set_random_state"]
+
+
+class Batches(Sized, Protocol):
+    """Training batches: `epoch(e, start=k)` gives those of epoch e without the first k, always the same."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run stands after `fit`, in fractions and seconds; accuracies are None before the first evaluation.
+
+    The best epoch is chosen on `best_selected_on`: the validation split, or the test set where there is none.
+    `interrupted` is the signal that stopped the run; `already_finished` says that nothing was left to do.
+    """
+
+    test_accuracy_last: float | None
+    test_accuracy_best: float | None
+    best_epoch: int | None
+    best_selected_on: str
+    test_loss: float | None
+    epochs: int
+    seconds: float
+    parameters: int
+    neurons: int | None
+    solves: int
+    solver_failures: int
+    interrupted: int | None = None
+    already_finished: bool = False
+
+
+@dataclass
+class Progress:
+    """Where a run stands, in plain numbers: saved in every checkpoint."""
+
+    epoch: int = 0  # epochs completed
+    batches: int = 0  # batches of the current epoch that were trained on
+    step: int = 0  # optimiser steps
+    seconds: float = 0.0
+    rows: list[dict[str, float | int | None]] = field(default_factory=list)
+    best_epoch: int | None = None
+    best_accuracy: float = -1.0
+    test_accuracy_best: float | None = None
+    solves: int = 0
+    solver_failures: int = 0
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor | None]:
+    """The generators dropout draws from."""
+    on_gpu = device.type == "cuda"
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if on_gpu else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def describe(row: Mapping[str, Any], epochs: int) -> str:
+    """One line for the log."""
+    parts = [f"epoch {row['epoch']}/{epochs}"]
+    for name in ("train", "validation", "test"):
+        if f"{name}_loss" in row:
+            parts.append(f"{name} loss {row[f'{name}_loss']:.4f} accuracy {100 * row[f'{name}_accuracy']:.2f} %")
+    if row.get("solver_failures"):
+        parts.append(f"{row['solver_failures']} failed solves")
+    return ", ".join([*parts, f"{row['seconds']:.1f} s"])

@@ -1,0 +1,197 @@
+"""What the scripts do: train one configured run in a folder, evaluate a checkpoint, classify an image."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ide_snn.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights, write_atomically
+from ide_snn.config import (
+    ConfigError,
+    build_dataset,
+    build_loaders,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    config_from_dict,
+    config_to_dict,
+    resolve_device,
+    to_yaml,
+)
+from ide_snn.data import Dataset, Normalization, load_image, to_input
+from ide_snn.evaluation import evaluate
+from ide_snn.models import FeedbackClassifier
+from ide_snn.reporting import versions, write_json
+from ide_snn.schemas import Config, EvaluateConfig, PredictConfig
+from ide_snn.training import FitResult, fit
+
+__all__ = ["evaluate_checkpoint", "model_from_checkpoint", "predict_image", "train"]
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, run_dir: Path) -> FitResult:
+    """Train as configured; checkpoints, metrics.csv, result.json, config.yaml and the rest go to `run_dir`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, NonFiniteLossError: with a message that says what to change.
+    """
+    device = resolve_device(config.device)
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    schedule = build_schedule(config)
+    torch.manual_seed(config.seed)
+    model = build_model(config)
+    optimizer = build_optimizer(config, model.to(device))
+    dataset = build_dataset(config)
+    loaders = build_loaders(config, dataset, device)
+    log.info("%s: %d parameters on %s; everything goes to %s", config.name, _count(model), device, run_dir)
+    new = not (run_dir / "checkpoints" / "last.pt").exists()
+    if new:
+        _write_record(config, run_dir, device)
+    result = fit(
+        model,
+        loaders.train,
+        loaders.test,
+        validation=loaders.validation,
+        optimizer=optimizer,
+        schedule=schedule,
+        epochs=config.trainer.epochs,
+        accumulation=config.trainer.accumulation,
+        gradient_clip=config.trainer.gradient_clip,
+        run_dir=run_dir,
+        resume=config.resume == "auto",
+        config=config_to_dict(config),
+        data=_data_section(dataset),
+        log_every=config.trainer.log_every,
+        progress=config.trainer.progress,
+    )
+    if result.interrupted is not None:
+        log.info("stopped; to go on, repeat the command with: resume=auto hydra.run.dir=%s", run_dir)
+        return result
+    if not new and not result.already_finished:
+        _write_record(config, run_dir, device)
+    _write_result(result, config, run_dir)
+    return result
+
+
+def _count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _write_record(config: Config, run_dir: Path, device: torch.device) -> None:
+    """config.yaml and versions.json: what is needed to repeat the run."""
+    write_atomically(run_dir / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
+    write_json(run_dir / "versions.json", versions(device))
+
+
+def _write_result(result: FitResult, config: Config, run_dir: Path) -> None:
+    """result.json, unless a finished run has it already."""
+    path = run_dir / "result.json"
+    if not (result.already_finished and path.exists()):
+        content = asdict(result)
+        del content["interrupted"], content["already_finished"]
+        names = {"experiment": config.name, "dataset": config.dataset.name, "seed": config.seed}
+        write_json(path, {**content, **names})
+    log.info(
+        "test accuracy: last %.2f %%, best %.2f %% (epoch %s, chosen on the %s set); see %s",
+        100 * (result.test_accuracy_last or 0.0),
+        100 * (result.test_accuracy_best or 0.0),
+        result.best_epoch,
+        result.best_selected_on,
+        path,
+    )
+
+
+def _data_section(dataset: Dataset) -> dict[str, Any]:
+    """What predictions need to know about the data; plain containers for the checkpoint."""
+    return {
+        "name": dataset.name,
+        "class_names": list(dataset.class_names),
+        "input_scale": dataset.input_scale,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+    }
+
+
+def model_from_checkpoint(
+    path: str | Path, *, time_steps: int | None = None, device: str = "auto"
+) -> tuple[FeedbackClassifier, Config, Checkpoint]:
+    """Rebuild a network from a checkpoint alone, in evaluation mode; with `time_steps`, for another T.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds another model than its configuration says.
+        ConfigError: `time_steps` or `device` cannot be used.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        config = config_from_dict(checkpoint.config)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} holds a configuration that this version cannot read: {error}") from error
+    if time_steps is not None:
+        config = replace(config, time_steps=time_steps)
+    model = build_model(config)
+    load_weights(model, checkpoint)
+    return model.to(resolve_device(device)).eval(), config, checkpoint
+
+
+def evaluate_checkpoint(request: EvaluateConfig) -> dict[str, Any]:
+    """Accuracy, loss and firing rates on the test set of the data the checkpoint was trained on; prints JSON."""
+    model, config, checkpoint = model_from_checkpoint(
+        request.checkpoint, time_steps=request.time_steps, device=request.device
+    )
+    if request.data_dir is not None:
+        config = replace(config, data_dir=request.data_dir)
+    dataset = build_dataset(config)
+    if request.batch_size is not None:
+        trainer = replace(config.trainer, evaluation_batch_size=request.batch_size)
+        config = replace(config, trainer=trainer)
+    test = build_loaders(config, dataset, next(model.parameters()).device).test
+    figures = asdict(evaluate(model, test, progress=None))
+    report = {
+        "checkpoint": str(checkpoint.path),
+        "experiment": config.name,
+        "dataset": config.dataset.name,
+        "epoch": checkpoint.progress["epoch"],
+        "time_steps": config.time_steps,
+        **figures,
+    }
+    print(json.dumps(report, indent=2))
+    if request.output is not None:
+        write_json(Path(request.output), report)
+    return report
+
+
+def predict_image(request: PredictConfig) -> dict[str, Any]:
+    """Class and probabilities of one image file; prints JSON, and on stderr whether it was resized."""
+    model, config, checkpoint = model_from_checkpoint(
+        request.checkpoint, time_steps=request.time_steps, device=request.device
+    )
+    data = checkpoint.data
+    if not data:
+        raise CheckpointError(f"{checkpoint.path} does not say what its data were, so images cannot be read")
+    channels, height, width = config.dataset.input_shape
+    loaded = load_image(
+        request.image, (channels, height, width), input_scale=data["input_scale"], invert=request.invert
+    )
+    if loaded.resized:
+        size = " x ".join(map(str, loaded.original_size))
+        print(f"resized from {size} to {height} x {width} pixels", file=sys.stderr)
+    normalization = Normalization(data["input_scale"], tuple(data["mean"]), tuple(data["std"]))
+    x = to_input(loaded.image, normalization).to(next(model.parameters()).device)
+    with torch.no_grad():
+        probabilities = model(x).double().softmax(1)[0].tolist()
+    names = data["class_names"]
+    report = {
+        "class": names[probabilities.index(max(probabilities))],
+        "probabilities": dict(zip(names, probabilities, strict=True)),
+        "resized": loaded.resized,
+    }
+    print(json.dumps(report, indent=2))
+    return report

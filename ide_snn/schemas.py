@@ -1,0 +1,205 @@
+"""What can be configured: one dataclass per config group, its fields being the valid option names.
+
+The values live in `configs/`; the schemas of neurons, solvers and gradients mirror the classes they build, so
+an option added there is valid here. Slots make a misspelt assignment (`config.sed = 1`) an error as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ide_snn.implicit import GRADIENTS
+from ide_snn.neurons import NeuronParams
+from ide_snn.solvers import SOLVERS
+
+__all__ = [
+    "SCHEMAS",
+    "Config",
+    "ConvModelConfig",
+    "DatasetConfig",
+    "EvaluateConfig",
+    "FCModelConfig",
+    "ModelConfig",
+    "MultiLayerModelConfig",
+    "NamedConfig",
+    "PredictConfig",
+    "TrainerConfig",
+    "options",
+]
+
+
+@dataclass(slots=True)
+class NamedConfig:
+    """A member of a config group; `name` says which and is set by choosing it (`solver=anderson`)."""
+
+    name: str
+
+
+def _plain(annotation: Any) -> Any:
+    """The type an option has in a config file: a choice is a string, a tuple is a list."""
+    if get_origin(annotation) is Literal:
+        return type(get_args(annotation)[0])
+    if get_origin(annotation) is tuple:
+        return list[get_args(annotation)[0]]  # type: ignore[misc]
+    return annotation
+
+
+def _mirror(source: type) -> type[NamedConfig]:
+    """Schema with the fields of the dataclass `source` and a name; no defaults, the YAML files hold them."""
+    hints = get_type_hints(source)
+    fields = [(field.name, _plain(hints[field.name])) for field in dataclasses.fields(source)]
+    return dataclasses.make_dataclass(f"{source.__name__}Config", fields, bases=(NamedConfig,), slots=True)
+
+
+@dataclass(slots=True)
+class DatasetConfig(NamedConfig):
+    """Which data, how normalised and split; `input_shape` and `num_classes` are checked against the data."""
+
+    input_shape: list[int]
+    num_classes: int
+    mean: list[float]
+    std: list[float]
+    validation_size: int
+    split_seed: int
+    train_limit: int | None
+    test_limit: int | None
+
+
+@dataclass(slots=True)
+class ModelConfig(NamedConfig):
+    """What all networks share. The feedback's norm is bounded by gamma * neuron.v_threshold."""
+
+    network: str
+    dropout: float
+    constraint: str
+    gamma: float
+    batch_norm: bool
+
+
+@dataclass(slots=True)
+class FCModelConfig(ModelConfig):
+    hidden: int
+
+
+@dataclass(slots=True)
+class ConvModelConfig(ModelConfig):
+    channels: int
+    kernel_size: int
+    stride: int
+    padding: int
+
+
+@dataclass(slots=True)
+class MultiLayerModelConfig(ModelConfig):
+    channels: list[int]
+    strides: list[int]
+
+
+@dataclass(slots=True)
+class SGDConfig(NamedConfig):
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+
+
+@dataclass(slots=True)
+class AdamConfig(NamedConfig):
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+
+
+@dataclass(slots=True)
+class ScheduleConfig(NamedConfig):
+    warmup_steps: int
+
+
+@dataclass(slots=True)
+class StepScheduleConfig(ScheduleConfig):
+    milestones: list[int]
+    factor: float
+
+
+@dataclass(slots=True)
+class CosineScheduleConfig(ScheduleConfig):
+    final_factor: float
+
+
+@dataclass(slots=True)
+class TrainerConfig:
+    """How long and in which portions; `accumulation` batches make one optimiser step."""
+
+    epochs: int
+    batch_size: int
+    evaluation_batch_size: int
+    accumulation: int
+    gradient_clip: float | None
+    log_every: int
+    progress: bool | None
+    threads: int | None
+
+
+@dataclass(slots=True)
+class Config:
+    """One training run: the groups, then the knobs of `configs/train.yaml`."""
+
+    dataset: DatasetConfig
+    model: ModelConfig
+    neuron: NamedConfig
+    solver: NamedConfig
+    gradient: NamedConfig
+    optimizer: NamedConfig
+    schedule: ScheduleConfig
+    trainer: TrainerConfig
+    name: str
+    time_steps: int
+    seed: int
+    device: str
+    data_dir: str | None
+    resume: str
+
+
+@dataclass(slots=True)
+class EvaluateConfig:
+    """`scripts/evaluate.py`; null means: as in the training run that wrote the checkpoint."""
+
+    checkpoint: str
+    time_steps: int | None
+    data_dir: str | None
+    batch_size: int | None
+    device: str
+    output: str | None
+
+
+@dataclass(slots=True)
+class PredictConfig:
+    """`scripts/predict.py`; null means: as in the training run that wrote the checkpoint."""
+
+    checkpoint: str
+    image: str
+    time_steps: int | None
+    invert: bool
+    device: str
+
+
+# group -> option that tells its members apart -> member -> schema
+SCHEMAS: dict[str, dict[str, type]] = {
+    "dataset": {"dataset": DatasetConfig},
+    "model": {"fc": FCModelConfig, "conv": ConvModelConfig, "multilayer": MultiLayerModelConfig},
+    "neuron": {"neuron": _mirror(NeuronParams)},
+    "solver": {name: _mirror(solver) for name, solver in SOLVERS.items()},
+    "gradient": {name: _mirror(gradient) for name, gradient in GRADIENTS.items()},
+    "optimizer": {"sgd": SGDConfig, "adam": AdamConfig, "adamw": AdamConfig},
+    "schedule": {"step": StepScheduleConfig, "cosine": CosineScheduleConfig, "none": ScheduleConfig},
+    "trainer": {"trainer": TrainerConfig},
+}
+
+
+def options(section: Any) -> dict[str, Any]:
+    """The options of a group member without what only names it, e.g. to construct the class it stands for."""
+    labels = ("name", "network")
+    return {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.name not in labels}

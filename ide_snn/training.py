@@ -1,0 +1,385 @@
+"""Training and evaluation of any classifier on plain objects; no configuration files involved.
+
+    train = DeviceLoader(data.train, batch_size=128, normalization=data.normalization, shuffle=True, seed=0)
+    test = DeviceLoader(data.test, batch_size=500, normalization=data.normalization, shuffle=False)
+    result = fit(net, train, test, optimizer=torch.optim.SGD(net.parameters(), lr=0.05), epochs=10)
+    evaluate(net, test).accuracy
+
+The loss is the cross entropy of `model(x)`, logits [B, classes]. Feedback blocks anywhere in the model report
+their solves and firing rates. With a `run_dir` the run can be stopped and continued at any step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ide_snn.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    config_differences,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from ide_snn.evaluation import Batch, Evaluation, Totals, device_of, evaluate, run_evaluation, show_bar
+from ide_snn.interrupt import StopRequest
+from ide_snn.monitor import BlockMonitor, feedback_diagnostics
+from ide_snn.optim import ConstantSchedule, Schedule, set_learning_rate
+from ide_snn.progress import Batches, FitResult, Progress, describe, random_state, set_random_state
+from ide_snn.reporting import RunLog, write_csv
+from ide_snn.solvers import SolverWarning
+
+__all__ = ["Batches", "Evaluation", "FitResult", "NonFiniteLossError", "evaluate", "fit"]
+
+log = logging.getLogger(__name__)
+
+# Options that may change when a run is resumed: they do not change what is computed.
+CHANGEABLE = ("resume", "device", "data_dir", "trainer.progress", "trainer.log_every")
+
+
+class NonFiniteLossError(ArithmeticError):
+    """Training diverged: the loss or a weight is NaN or infinite."""
+
+
+def fit(
+    model: nn.Module,
+    train: Batches,
+    test: Iterable[Batch],
+    *,
+    optimizer: torch.optim.Optimizer,
+    epochs: int,
+    schedule: Schedule | None = None,
+    validation: Iterable[Batch] | None = None,
+    accumulation: int = 1,
+    gradient_clip: float | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    config: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    log_every: int = 50,
+    progress: bool | None = True,
+) -> FitResult:
+    """Train `model` in place and evaluate it after each epoch.
+
+    Args:
+        model: gives logits [B, classes]; it lies on its device already.
+        train: batches of an epoch, e.g. a `DeviceLoader`.
+        test: evaluated after each epoch.
+        optimizer: with the base learning rates, which `schedule` multiplies.
+        epochs: 0 only evaluates the untrained model.
+        schedule: factor on the learning rate as a function of (step, epoch), both from 0.
+        validation: selects the best epoch; without it the test set does.
+        accumulation: batches per optimiser step; their gradients are averaged over the samples.
+        gradient_clip: largest global norm of the gradient, None for no clipping.
+        run_dir: where metrics.csv, tensorboard/ and checkpoints/{last,best}.pt go; None writes nothing.
+        resume: continue checkpoints/last.pt of `run_dir` if there is one.
+        config: saved in the checkpoints; a resumed run must have the same one, except for what does not
+            change the computation (and `trainer.epochs`, which may grow if the schedule does not depend on it).
+        data: what else should be known about the data, saved in the checkpoints; plain containers.
+        log_every: optimiser steps between looks at the running loss, each of which waits for the device.
+        progress: show bars; None means only on a terminal.
+
+    On SIGINT and SIGTERM the current step is finished, last.pt is saved and the result says `interrupted`.
+
+    Raises:
+        NonFiniteLossError: the loss or a weight became NaN or infinite; last.pt is the last good state.
+        CheckpointError: the checkpoint to resume from is damaged, of another model or of another config.
+        FileExistsError: `run_dir` holds a run and `resume` is not set.
+    """
+    for name, value, least in (
+        ("epochs", epochs, 0),
+        ("accumulation", accumulation, 1),
+        ("log_every", log_every, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if gradient_clip is not None and not gradient_clip > 0:
+        raise ValueError(f"gradient_clip must be positive, or None for no clipping; got {gradient_clip}")
+    run = _Run(
+        model=model,
+        train=train,
+        test=test,
+        optimizer=optimizer,
+        epochs=epochs,
+        schedule=schedule or ConstantSchedule(),
+        validation=validation,
+        accumulation=accumulation,
+        gradient_clip=gradient_clip,
+        run_dir=None if run_dir is None else Path(run_dir),
+        config=config or {},
+        data=data or {},
+        log_every=log_every,
+        show=progress,
+    )
+    return run.run(resume)
+
+
+@dataclass
+class _Run:
+    """One call of `fit`."""
+
+    model: nn.Module
+    train: Batches
+    test: Iterable[Batch]
+    optimizer: torch.optim.Optimizer
+    epochs: int
+    schedule: Schedule
+    validation: Iterable[Batch] | None
+    accumulation: int
+    gradient_clip: float | None
+    run_dir: Path | None
+    config: Mapping[str, Any]
+    data: Mapping[str, Any]
+    log_every: int
+    show: bool | None
+
+    def __post_init__(self) -> None:
+        self.progress = Progress()
+        self.device = device_of(self.model)
+        self.selected_on = "test" if self.validation is None else "validation"
+        self.stop = StopRequest()
+        self._begin_epoch()
+        set_learning_rate(self.optimizer, 1.0)
+        self.base_rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+
+    def run(self, resume: bool) -> FitResult:
+        resumed = self._resume_or_refuse(resume)
+        if resumed and self.progress.epoch >= self.epochs and self.progress.rows:
+            log.info("%s is finished (%d epochs); nothing to do", self.run_dir, self.progress.epoch)
+            if self.run_dir is not None and not (self.run_dir / "metrics.csv").exists():
+                write_csv(self.run_dir / "metrics.csv", self.progress.rows)
+            return self._result(already_finished=True)
+        self.started = time.perf_counter() - self.progress.seconds
+        self.log = RunLog(self.run_dir, self.progress.step + 1 if resumed else None)
+        try:
+            with self.stop, warnings.catch_warnings():
+                complete = self._all_epochs()
+        finally:
+            self.log.close()
+        if complete:
+            return self._result()
+        self._save("last")
+        return self._result(interrupted=self.stop.signum)
+
+    def _all_epochs(self) -> bool:
+        """False if stopped on the way."""
+        if self.epochs == 0:
+            return self._finish_epoch(untrained=True)
+        while self.progress.epoch < self.epochs:
+            if not (self._train_epoch() and self._finish_epoch()):
+                return False
+        return True
+
+    def _begin_epoch(self) -> None:
+        self.progress.batches = 0
+        self.totals = Totals(self.device)
+        self.monitor = BlockMonitor(self.model)
+
+    def _train_epoch(self) -> bool:
+        progress = self.progress
+        batches = self.train.epoch(progress.epoch, start=progress.batches)
+        title = f"epoch {progress.epoch + 1}/{self.epochs}"
+        self.model.train()
+        logged = (float(self.totals.loss), self.totals.samples)
+        with self.monitor, show_bar(None, title, self.show, len(self.train), progress.batches) as bar:
+            while group := list(itertools.islice(batches, self.accumulation)):
+                rate = self._step(group)
+                bar.update(len(group))
+                if progress.step % self.log_every == 0:
+                    loss, samples = float(self.totals.loss), self.totals.samples
+                    recent = (loss - logged[0]) / (samples - logged[1])
+                    logged = (loss, samples)
+                    self._require_finite(recent, "training loss")
+                    self.log.scalars({"train_loss_recent": recent, "learning_rate": rate}, progress.step)
+                    bar.set_postfix(loss=f"{recent:.4f}", failed_solves=self.monitor.failures)
+                if self.stop.signum is not None:
+                    return False
+        return True
+
+    def _step(self, group: list[Batch]) -> float:
+        """One optimiser step on the mean loss over all samples of the group; returns the learning rate."""
+        samples = sum(len(y) for _, y in group)
+        rate = set_learning_rate(self.optimizer, self.schedule(self.progress.step, self.progress.epoch))
+        self.optimizer.zero_grad(set_to_none=True)
+        for x, y in group:
+            x, y = x.to(self.device), y.to(self.device)
+            logits = self.model(x)
+            loss = F.cross_entropy(logits, y)
+            (loss * (len(y) / samples)).backward()
+            self.totals.add(loss, logits, y)
+        if self.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip)
+        self.optimizer.step()
+        self.progress.step += 1
+        self.progress.batches += len(group)
+        if self.monitor.failures:
+            # the first failure of a run was shown; from now on they are counted only
+            warnings.simplefilter("ignore", SolverWarning)
+        return rate
+
+    def _finish_epoch(self, untrained: bool = False) -> bool:
+        """Evaluate, record and save; False if stopped in the evaluation."""
+        row: dict[str, float | int | None] = {"epoch": self.progress.epoch + (not untrained)}
+        row["step"] = self.progress.step
+        if not untrained:
+            loss, accuracy = self.totals.means()
+            self._require_finite(loss, "training loss")
+            row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+            row.update(train_loss=loss, train_accuracy=accuracy)
+        for name, batches in (("test", self.test), ("validation", self.validation)):
+            if batches is not None:
+                result = run_evaluation(self.model, batches, name, self.show, lambda: self.stop.signum is not None)
+                if result is None:
+                    return False
+                self._require_finite(result.loss, f"{name} loss")
+                row.update({f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy})
+                if name == "test":
+                    row.update({f"firing_rate_{key}": rate for key, rate in result.firing_rate.items()})
+            row.update(self.monitor.solver())
+        row.update(feedback_diagnostics(self.model))
+        self._record(row)
+        return True
+
+    def _record(self, row: dict[str, float | int | None]) -> None:
+        progress = self.progress
+        progress.seconds = time.perf_counter() - self.started
+        row["seconds"] = progress.seconds
+        progress.rows.append(row)
+        progress.epoch = int(row["epoch"] or 0)
+        progress.solves += self.monitor.solves
+        progress.solver_failures += self.monitor.failures
+        accuracy = row[f"{self.selected_on}_accuracy"] or 0.0
+        is_best = accuracy > progress.best_accuracy
+        if is_best:
+            progress.best_accuracy, progress.best_epoch = accuracy, progress.epoch
+            progress.test_accuracy_best = row["test_accuracy"]
+        self._begin_epoch()
+        if is_best:  # before last.pt: a run killed in between repeats the epoch and finds it to be the best again
+            self._save("best")
+        self._save("last")
+        self.log.epoch(progress.rows, progress.step)
+        log.info(describe(row, self.epochs))
+
+    def _require_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            self._give_up(f"the {what} became {value}")
+
+    def _give_up(self, what: str) -> None:
+        saved = ""
+        if self.run_dir is not None and self._path("last").exists():
+            saved = f" The last good state is in {self._path('last')}."
+        raise NonFiniteLossError(
+            f"{what} in epoch {self.progress.epoch + 1}, step {self.progress.step}.{saved} Try a lower "
+            "learning rate (optimizer.lr), clipping (trainer.gradient_clip=1.0) or warm-up "
+            "(schedule.warmup_steps), and look at the solver's failures: a diverged solve gives a bad gradient."
+        )
+
+    def _path(self, name: str) -> Path:
+        assert self.run_dir is not None
+        return self.run_dir / "checkpoints" / f"{name}.pt"
+
+    def _save(self, name: str) -> None:
+        """Write a checkpoint, unless a weight is not finite; `last` holds what is needed to continue."""
+        if self.run_dir is None:
+            return
+        for key, value in self.model.state_dict().items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                self._give_up(f"{key} became NaN or infinite")
+        self.progress.seconds = time.perf_counter() - self.started
+        training = None
+        if name == "last":
+            training = {
+                "optimizer": self.optimizer.state_dict(),
+                "totals": self.totals.state_dict(),
+                "monitor": self.monitor.state_dict(),
+                "random": random_state(self.device),
+            }
+        save_checkpoint(
+            self._path(name),
+            self.model,
+            config=self.config,
+            data=self.data,
+            progress=asdict(self.progress),
+            training=training,
+        )
+
+    def _resume_or_refuse(self, resume: bool) -> bool:
+        """True if the state of last.pt was restored."""
+        if self.run_dir is None:
+            if resume:
+                raise ValueError("resuming needs the run_dir to resume from")
+            return False
+        path = self._path("last")
+        if not path.exists():
+            if resume:
+                log.info("no checkpoint at %s: starting anew", path)
+            return False
+        if not resume:
+            raise FileExistsError(
+                f"{self.run_dir} holds a run already; continue it with resume=auto, or choose another folder "
+                "(hydra.run.dir) or remove it"
+            )
+        self._restore(load_checkpoint(path))
+        return True
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.training is None:
+            raise CheckpointError(f"{checkpoint.path} holds no training state to continue from")
+        self._refuse_changes(checkpoint)
+        load_weights(self.model, checkpoint)
+        self.optimizer.load_state_dict(checkpoint.training["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["initial_lr"] = rate
+        self.progress = Progress(**checkpoint.progress)
+        self.totals.load_state_dict(checkpoint.training["totals"])
+        self.monitor.load_state_dict(checkpoint.training["monitor"])
+        set_random_state(checkpoint.training["random"], self.device)
+        log.info(
+            "resuming %s after %d epochs and %d batches",
+            checkpoint.path,
+            self.progress.epoch,
+            self.progress.batches,
+        )
+
+    def _refuse_changes(self, checkpoint: Checkpoint) -> None:
+        ignore: tuple[str, ...] = CHANGEABLE
+        longer = bool(checkpoint.config) and self.epochs >= checkpoint.config["trainer"]["epochs"] > 0
+        if longer and not self.schedule.depends_on_epochs:
+            ignore = (*ignore, "trainer.epochs")
+        changes = config_differences(checkpoint.config, self.config, ignore=ignore)
+        if changes:
+            raise CheckpointError(
+                f"{checkpoint.path} belongs to a run with another configuration, so it cannot be resumed: "
+                f"{'; '.join(changes)} (saved -> now)"
+            )
+
+    def _result(self, *, interrupted: int | None = None, already_finished: bool = False) -> FitResult:
+        progress = self.progress
+        last = progress.rows[-1] if progress.rows else {"test_accuracy": None, "test_loss": None}
+        return FitResult(
+            test_accuracy_last=last["test_accuracy"],
+            test_accuracy_best=progress.test_accuracy_best,
+            best_epoch=progress.best_epoch,
+            best_selected_on=self.selected_on,
+            test_loss=last["test_loss"],
+            epochs=progress.epoch,
+            seconds=progress.seconds,
+            parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            neurons=getattr(self.model, "num_neurons", None),
+            solves=progress.solves,
+            solver_failures=progress.solver_failures,
+            interrupted=interrupted,
+            already_finished=already_finished,
+        )

@@ -1,0 +1,128 @@
+"""Checkpoints: whole or not at all, safe to load, and never loaded into the wrong model."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ide_snn.checkpoint import (
+    CheckpointError,
+    config_differences,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    write_atomically,
+)
+
+
+def save(path: Path, model: nn.Module) -> None:
+    save_checkpoint(path, model, config={"a": {"b": 1}}, data={}, progress={"epoch": 2}, training={"x": [1.5]})
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    path = tmp_path / "new" / "folder" / "last.pt"
+    save(path, model)
+    checkpoint = load_checkpoint(path)
+    load_weights(other, checkpoint)
+    assert torch.equal(other.weight, model.weight)
+    assert (checkpoint.config, checkpoint.progress) == ({"a": {"b": 1}}, {"epoch": 2})
+    assert checkpoint.training == {"x": [1.5]}
+    content = torch.load(path, weights_only=True)
+    assert content["format"] == 1
+    assert [entry.name for entry in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+
+    def fail(file: Any) -> None:
+        file.write(b"half of the new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+
+    def look(file: Any) -> None:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+
+    write_atomically(path, look)
+    assert path.read_bytes() == b"new"
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("executed"),))
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (None, "no such file"),
+        (b"", "damaged or truncated"),
+        (b"weights: 3", "damaged or truncated"),
+        ("truncated", "damaged or truncated"),
+        ({"state_dict": {}}, "lacks .*format"),
+        ([1, 2], "not a checkpoint"),
+        ({"format": 9, "config": {}, "data": {}, "model": {}, "progress": {}, "training": None}, "format 9"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, content: Any, match: str) -> None:
+    path = tmp_path / "file.pt"
+    if content == "truncated":
+        save(path, nn.Linear(3, 2))
+        path.write_bytes(path.read_bytes()[:-700])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load_checkpoint(path)
+    assert str(path) in str(caught.value)
+
+
+def test_loading_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 1, "model": Evil()}, "zip.pt")
+    Path("plain.pt").write_bytes(pickle.dumps(Evil()))
+    for name in ("zip.pt", "plain.pt"):
+        with pytest.raises(CheckpointError):
+            load_checkpoint(name)
+    assert not Path("executed").exists()
+
+
+def test_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save(path, nn.Linear(3, 2))
+    wide, deep = nn.Linear(4, 2), nn.Sequential(nn.Linear(3, 2))
+    before = wide.weight.clone()
+    with pytest.raises(CheckpointError, match=r"another model: weight has shape \(2, 3\), the model's \(2, 4\)"):
+        load_weights(wide, load_checkpoint(path))
+    assert torch.equal(wide.weight, before)
+    with pytest.raises(CheckpointError, match=r"lacks 0.weight.* 1 more"):
+        load_weights(deep, load_checkpoint(path))
+
+
+def test_differences_name_the_key_and_both_values() -> None:
+    old = {"seed": 0, "solver": {"name": "gmres", "tol": 1e-3}, "device": "cpu", "gone": 1}
+    new = {"seed": 0, "solver": {"name": "gmres", "tol": 1e-4}, "device": "cuda", "extra": None}
+    assert config_differences(old, new, ignore=("device",)) == [
+        "solver.tol: 0.001 -> 0.0001",
+        "gone: 1 -> (unset)",
+        "extra: (unset) -> None",
+    ]
+    assert config_differences(old, old) == []
