@@ -283,6 +283,9 @@ def run_app(main: Callable[[], object]) -> None:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of the output has gone, as in `... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (HydraException, OmegaConfBaseException, ValueError, ArithmeticError, OSError, ImportError) as error:
         if wants_traceback:
             raise

@@ -147,6 +147,7 @@ class SNNIDEFCNet(FeedbackClassifier):
     """
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, *, hidden: int = 400, **options: Any) -> None:
+        _require_positive(hidden=hidden, input_shape=input_shape)
         opts = NetworkOptions(**options)
         features = math.prod(input_shape)
         stage = opts.connection(nn.Linear(features, hidden))
@@ -180,6 +181,7 @@ class SNNIDEConvNet(FeedbackClassifier):
         padding: int = 2,
         **options: Any,
     ) -> None:
+        _require_positive(channels=channels, kernel_size=kernel_size, stride=stride)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd for the feedback to keep the map's size, got {kernel_size}")
         opts = NetworkOptions(**options)
@@ -216,6 +218,7 @@ class SNNIDEConvMultiLayerNet(FeedbackClassifier):
                 f"channels {list(channels)} and strides {list(strides)} must have the same length, at least 2; "
                 "for one population use SNNIDEConvNet"
             )
+        _require_positive(channels=channels, strides=strides)
         opts = NetworkOptions(**options)
         stage = opts.connection(_conv(input_shape, channels[0], 3, strides[0], 1))
         shape = stage.output_shape(tuple(input_shape))
@@ -247,6 +250,12 @@ def initialise(module: nn.Module, generator: torch.Generator | None = None) -> n
         if module.bias is not None:
             module.bias.zero_()
     return module
+
+
+def _require_positive(**sizes: int | Sequence[int]) -> None:
+    for name, value in sizes.items():
+        if min(value if isinstance(value, Sequence) else (value,)) < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _conv(input_shape: Sequence[int], channels: int, kernel: int, stride: int, padding: int) -> nn.Conv2d:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,8 +107,8 @@ SCHEDULES: dict[str, type[Schedule]] = {
 }
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group's rate to its initial one times `factor`; returns the first group's."""
-    for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-    return float(optimizer.param_groups[0]["lr"])
+def set_learning_rate(optimizer: torch.optim.Optimizer, base: Sequence[float], factor: float) -> float:
+    """Set every group's rate to its base rate times `factor`; returns the first group's."""
+    for group, rate in zip(optimizer.param_groups, base, strict=True):
+        group["lr"] = rate * factor
+    return base[0] * factor

@@ -77,7 +77,7 @@ def fit(
         model: gives logits [B, classes]; it lies on its device already.
         train: batches of an epoch, e.g. a `DeviceLoader`.
         test: evaluated after each epoch.
-        optimizer: with the base learning rates, which `schedule` multiplies.
+        optimizer: with the base learning rates, which `schedule` multiplies; they are put back in the end.
         epochs: 0 only evaluates the untrained model.
         schedule: factor on the learning rate as a function of (step, epoch), both from 0.
         validation: selects the best epoch; without it the test set does.
@@ -151,8 +151,8 @@ class _Run:
         self.selected_on = "test" if self.validation is None else "validation"
         self.stop = StopRequest()
         self._begin_epoch()
-        set_learning_rate(self.optimizer, 1.0)
-        self.base_rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        # never read back from a checkpoint: there the rates are those of some step
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def run(self, resume: bool) -> FitResult:
         resumed = self._resume_or_refuse(resume)
@@ -166,12 +166,12 @@ class _Run:
         try:
             with self.stop, warnings.catch_warnings():
                 complete = self._all_epochs()
+            if not complete:
+                self._save("last")
         finally:
             self.log.close()
-        if complete:
-            return self._result()
-        self._save("last")
-        return self._result(interrupted=self.stop.signum)
+            set_learning_rate(self.optimizer, self.base_rates, 1.0)
+        return self._result(interrupted=None if complete else self.stop.signum)
 
     def _all_epochs(self) -> bool:
         """False if stopped on the way."""
@@ -211,7 +211,8 @@ class _Run:
     def _step(self, group: list[Batch]) -> float:
         """One optimiser step on the mean loss over all samples of the group; returns the learning rate."""
         samples = sum(len(y) for _, y in group)
-        rate = set_learning_rate(self.optimizer, self.schedule(self.progress.step, self.progress.epoch))
+        factor = self.schedule(self.progress.step, self.progress.epoch)
+        rate = set_learning_rate(self.optimizer, self.base_rates, factor)
         self.optimizer.zero_grad(set_to_none=True)
         for x, y in group:
             x, y = x.to(self.device), y.to(self.device)
@@ -340,8 +341,6 @@ class _Run:
         self._refuse_changes(checkpoint)
         load_weights(self.model, checkpoint)
         self.optimizer.load_state_dict(checkpoint.training["optimizer"])
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["initial_lr"] = rate
         self.progress = Progress(**checkpoint.progress)
         self.totals.load_state_dict(checkpoint.training["totals"])
         self.monitor.load_state_dict(checkpoint.training["monitor"])

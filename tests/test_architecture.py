@@ -29,9 +29,11 @@ LAYERS = [
     "evaluation",
     "reporting",
     "optim",
+    "progress",
     "training",
     "schemas",
     "config",
+    "run",
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {"torch", "numpy", "scipy", "hydra", "omegaconf", "tensorboard", "tqdm", "sklearn", "ide_snn"}
@@ -88,5 +90,8 @@ def test_files_and_functions_stay_small(path: Path) -> None:
     assert source.count("\n") <= 420
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
-            length = (node.end_lineno or 0) - node.lineno
-            assert length <= 65, f"{path.name}:{node.name} has {length} lines"
+            first = node.body[0]
+            documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+            docstring = (first.end_lineno or 0) - first.lineno if documented else 0
+            length = (node.end_lineno or 0) - node.lineno - docstring
+            assert length <= 60, f"{path.name}:{node.name} has {length} lines of code"

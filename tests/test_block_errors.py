@@ -81,6 +81,10 @@ def test_network_options() -> None:
         SNNIDEConvNet((1, 8, 8), 2, kernel_size=4)
     with pytest.raises(ValueError, match=r"needs input_shape \[C, H, W\]"):
         SNNIDEConvNet((8,), 2)
+    with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
+        SNNIDEFCNet((4,), 2, hidden=0)
+    with pytest.raises(ValueError, match="channels must be at least 1"):
+        SNNIDEConvMultiLayerNet((3, 8, 8), 2, channels=(4, 0), strides=(2, 1))
     with pytest.raises(ValueError, match="num_classes must be at least 2"):
         SNNIDEFCNet((4,), 1)
 

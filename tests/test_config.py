@@ -272,6 +272,13 @@ def test_the_data_are_checked_against_the_configuration(tmp_path: Path) -> None:
         build_dataset(load_config(["dataset=mnist", f"data_dir={tmp_path}"]))
 
 
+def test_the_help_text_lists_every_member() -> None:
+    text = (CONFIG_DIR / "hydra" / "default.yaml").read_text(encoding="utf-8")
+    listed = {line.split()[0]: line.replace(",", " ").split()[1:] for line in text.splitlines() if line.split()}
+    for group, members in GROUPS.items():
+        assert sorted(listed[group]) == members
+
+
 def test_no_python_is_named_in_a_configuration_file() -> None:
     for path in (PROJECT / "configs").rglob("*.yaml"):
         assert "_target_" not in path.read_text(encoding="utf-8")

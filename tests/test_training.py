@@ -6,6 +6,7 @@ import copy
 import csv
 import logging
 import math
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -214,8 +215,8 @@ def test_accumulated_batches_are_one_large_batch() -> None:
         )
         return model, model.sizes
 
-    whole, _ = train(24, 1)  # 24, 24, 2
-    parts, sizes = train(6, 4)  # the last group is one batch of 2
+    whole, _ = train(18, 1)  # 18, 18, 14
+    parts, sizes = train(6, 3)  # the last group has a smaller batch
     assert sizes[-9:] == [6] * 8 + [2]
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
@@ -274,22 +275,24 @@ def test_the_optimiser_follows_the_schedule_in_all_groups() -> None:
             seen.append(tuple(group["lr"] for group in self.param_groups))
             super().step(closure)
 
+    optimizer = Spy(groups)
     schedule = StepSchedule(warmup_steps=2, milestones=(1,), factor=0.1)
     fit(
         model,
         loader(48, 16),
         loader(10, 10),
-        optimizer=Spy(groups),
+        optimizer=optimizer,
         schedule=schedule,
         epochs=2,
         progress=False,
     )
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1]
     factors = [0.5, 1, 1, 0.1, 0.1, 0.1]
     assert seen == [(pytest.approx(0.2 * f), pytest.approx(0.1 * f)) for f in factors]
 
 
 class Diverging(nn.Module):
-    """Turns NaN in the backward pass (`where="weight"`) or the loss itself after some steps."""
+    """After some steps, turns NaN: the gradient (`where="weight"`), the loss, or evaluation alone."""
 
     def __init__(self, after: int, where: str) -> None:
         super().__init__()
@@ -298,16 +301,17 @@ class Diverging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x.flatten(1))
-        if self.training:
-            self.steps += 1
-            if self.steps > self.after:
-                if self.where == "loss":
-                    return y * float("nan")
-                y.register_hook(lambda gradient: gradient * float("nan"))
+        self.steps += self.training
+        if self.where == "evaluation" and not self.training and self.steps >= self.after:
+            return y * float("nan")
+        if self.training and self.steps > self.after and self.where != "evaluation":
+            if self.where == "loss":
+                return y * float("nan")
+            y.register_hook(lambda gradient: gradient * float("nan"))
         return y
 
 
-@pytest.mark.parametrize(("after", "where"), [(8, "loss"), (8, "weight"), (9, "weight"), (5, "loss")])
+@pytest.mark.parametrize(("after", "where"), [(8, "loss"), (8, "weight"), (9, "weight"), (9, "evaluation")])
 @pytest.mark.parametrize("log_every", [1, 50])
 def test_a_nonfinite_loss_stops_and_keeps_the_last_good_state(
     tmp_path: Path, after: int, where: str, log_every: int
@@ -330,8 +334,30 @@ def test_a_nonfinite_loss_stops_and_keeps_the_last_good_state(
         saved = load_checkpoint(tmp_path / "checkpoints" / f"{name}.pt")
         assert all(bool(torch.isfinite(value).all()) for value in saved.model.values())
     last = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
-    assert last.progress["epoch"] == after // 3
+    assert last.progress["epoch"] == {"weight": after, "loss": after, "evaluation": after - 1}[where] // 3
+    assert where != "loss" or "training loss" in str(caught.value)
     assert str(last.path) in str(caught.value)
+
+
+def test_a_stop_request_does_not_save_broken_weights(tmp_path: Path) -> None:
+    class Stopped(Diverging):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training and self.steps == self.after:  # the step that breaks the weights
+                signal.raise_signal(signal.SIGTERM)
+            return super().forward(x)
+
+    model = Stopped(4, "weight")
+    with pytest.raises(NonFiniteLossError, match="NaN"):
+        fit(
+            model,
+            loader(48, 16),
+            loader(30, 25),
+            optimizer=sgd(model),
+            epochs=9,
+            run_dir=tmp_path,
+            progress=False,
+        )
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt").progress["step"] == 3
 
 
 def test_a_failing_solver_is_counted_and_said_once(tmp_path: Path) -> None:

@@ -1,0 +1,402 @@
+"""The four solvers against dense solves, scipy's sparse solvers and scipy's root finders."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.sparse.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ide_snn.solvers import (
+    SOLVERS,
+    Anderson,
+    Broyden,
+    FixedPoint,
+    FixedPointProblem,
+    Gmres,
+    LinearProblem,
+    Outcome,
+    Solution,
+    solve,
+)
+
+SHAPE = (3, 2, 3, 2)  # [B, C, H, W]: three samples of N = 12 unknowns
+N = 12
+TOL = {torch.float64: 1e-10, torch.float32: 1e-5}
+every_solver = pytest.mark.parametrize("name", list(SOLVERS))
+accelerated = pytest.mark.parametrize("name", ["anderson", "broyden", "gmres"])
+nonlinear = pytest.mark.parametrize("name", ["fixed_point", "anderson", "broyden"])
+every_dtype = pytest.mark.parametrize("dtype", list(TOL))
+both_couplings = pytest.mark.parametrize("coupled", [False, True])
+
+
+def solver(name: str, tol: float = 1e-10, max_steps: int = 400, **options: Any):
+    return SOLVERS[name](tol=tol, max_steps=max_steps, **options)
+
+
+@dataclass
+class System:
+    """v = b + A v with A [B, N, N] per sample, or [1, B N, B N] coupling them; counts its products."""
+
+    matrix: Tensor
+    rhs: Tensor
+    calls: int = 0
+    poison: tuple[int, float] | None = None  # from which product on what stands in sample 1
+
+    @property
+    def coupled(self) -> bool:
+        return self.matrix.shape[0] == 1 and self.rhs.shape[0] != 1
+
+    def product(self, v: Tensor) -> Tensor:
+        assert v.shape == self.rhs.shape
+        self.calls += 1
+        rows = v.reshape(self.matrix.shape[0], -1, 1)
+        product = (self.matrix @ rows).reshape(v.shape)
+        if self.poison is not None and self.calls >= self.poison[0]:
+            product[1, 0, 0, 0] = self.poison[1]
+        return product
+
+    def solve(self, settings: Any, y0: Tensor | None = None, *, trace: bool = False) -> Solution:
+        self.calls = 0
+        return solve(LinearProblem(self.product, self.rhs, self.coupled), settings, y0, trace=trace)
+
+    def exact(self) -> Tensor:
+        """numpy's dense solve."""
+        a = self.matrix.double().numpy()
+        b = self.rhs.double().reshape(a.shape[0], -1, 1).numpy()
+        return torch.from_numpy(np.linalg.solve(np.eye(a.shape[1]) - a, b)).reshape(self.rhs.shape)
+
+    def residual(self, v: Tensor) -> Tensor:
+        """||b - (I - A) v|| / ||b|| per group, in float64."""
+        a = self.matrix.double()
+        b, v = (x.double().reshape(a.shape[0], -1) for x in (self.rhs, v))
+        return (b + (a @ v[..., None])[..., 0] - v).norm(dim=1) / b.norm(dim=1)
+
+
+def system(norms: list[float], dtype: torch.dtype = torch.float64, *, coupled: bool = False) -> System:
+    """Random matrices with the given 2-norms, one per sample; coupled: one matrix with the largest of them."""
+    groups, size = (1, 3 * N) if coupled else (3, N)
+    matrix = torch.randn(groups, size, size, dtype=torch.float64)
+    scale = torch.tensor([max(norms)] if coupled else norms, dtype=torch.float64)
+    matrix *= (scale / torch.linalg.matrix_norm(matrix, 2))[:, None, None]
+    return System(matrix.to(dtype), torch.randn(SHAPE, dtype=dtype))
+
+
+def with_spectrum(eigenvalues: Tensor) -> System:
+    """Symmetric matrices with these eigenvalues."""
+    q = torch.linalg.qr(torch.randn(3, N, N, dtype=torch.float64)).Q
+    return System(q @ torch.diag(eigenvalues) @ q.mT, torch.randn(SHAPE, dtype=torch.float64))
+
+
+def per_sample(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)
+
+
+@every_solver
+@every_dtype
+@both_couplings
+def test_linear_solutions(name: str, dtype: torch.dtype, coupled: bool) -> None:
+    """Against numpy and scipy; the verdict is the true residual of what is returned."""
+    problem, tol = system([0.1, 0.5, 0.9], dtype, coupled=coupled), TOL[dtype]
+    before = problem.rhs.clone()
+    solution = problem.solve(solver(name, tol))
+    assert solution.outcome is Outcome.converged
+    assert solution.value.dtype == dtype
+    error = per_sample(solution.value - problem.exact()) / per_sample(problem.exact())
+    assert float(error.max()) < 40 * tol
+    sizes = problem.matrix.shape[:2]
+    for a, b, v in zip(problem.matrix, problem.rhs.reshape(sizes), solution.value.reshape(sizes), strict=True):
+        theirs, failed = scipy.sparse.linalg.gmres(np.eye(len(a)) - a.double().numpy(), b.double().numpy(), rtol=1e-13)
+        assert not failed
+        np.testing.assert_allclose(v.double().numpy(), theirs, atol=40 * tol * np.abs(theirs).max())
+    recomputed = problem.residual(solution.value)
+    assert solution.stats.residual.shape == recomputed.shape == (1 if coupled else 3,)
+    assert float(recomputed.max()) <= tol * 1.2
+    torch.testing.assert_close(solution.stats.residual, recomputed, rtol=0.3, atol=1e-6 if tol > 1e-6 else 1e-14)
+    assert solution.stats.products == problem.calls
+    assert torch.equal(problem.rhs, before)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(batch=st.integers(1, 4), n=st.integers(1, 12), norm=st.floats(0, 0.9), seed=st.integers(0, 2**31))
+@every_solver
+@both_couplings
+def test_random_contractions(name: str, coupled: bool, batch: int, n: int, norm: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    groups, size = (1, batch * n) if coupled else (batch, n)
+    matrix = torch.randn(groups, size, size, generator=generator, dtype=torch.float64)
+    matrix *= norm / torch.linalg.matrix_norm(matrix, 2)[:, None, None]
+    rhs = torch.randn(batch, n, generator=generator, dtype=torch.float64)
+    problem = System(matrix, rhs)
+    solution = problem.solve(solver(name, 1e-8))
+    assert solution.outcome is Outcome.converged
+    assert float(problem.residual(solution.value).max()) <= 1.01e-8
+    assert solution.stats.products == problem.calls
+
+
+@every_solver
+def test_the_solution_does_not_depend_on_the_memory_layout(name: str) -> None:
+    problem = system([0.1, 0.5, 0.9])
+    plain = problem.solve(solver(name)).value
+    problem.rhs = problem.rhs.to(memory_format=torch.channels_last)
+    solution = problem.solve(solver(name), problem.rhs.clone())
+    assert solution.value.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(solution.value, plain, rtol=0, atol=1e-9)
+    problem.rhs = problem.rhs.transpose(1, 3).contiguous().transpose(1, 3)
+    torch.testing.assert_close(problem.solve(solver(name)).value, plain, rtol=0, atol=1e-9)
+
+
+@every_solver
+@every_dtype
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(("zeros", "coupled"), [([1], False), ([0, 1, 2], False), ([0, 1, 2], True)])
+def test_zero_has_the_solution_zero(name: str, dtype: torch.dtype, warm: bool, zeros: list[int], coupled: bool) -> None:
+    problem = system([0.9, 0.6, 0.9], dtype, coupled=coupled)
+    problem.rhs[zeros] = 0
+    solution = problem.solve(solver(name, TOL[dtype]), torch.randn(SHAPE, dtype=dtype) if warm else None)
+    assert solution.outcome is Outcome.converged
+    assert not bool(solution.value[zeros].any())
+    torch.testing.assert_close(solution.value.double(), problem.exact(), rtol=0, atol=200 * TOL[dtype])
+
+
+@every_solver
+@every_dtype
+def test_scale_does_not_matter(name: str, dtype: torch.dtype) -> None:
+    """The original's tolerance was absolute and over the whole batch: the loss's scale changed its gradients."""
+    problem, tol = system([0.5, 0.8, 0.9], dtype), 1e-2
+    rhs, reference = problem.rhs, problem.solve(solver(name, tol))
+    for factors in ([1e-6] * 3, [1e6] * 3, [1e6, 1.0, 1e-6], [1e-6, 1e6, 1.0], [1e-30] * 3, [1.0, 1e-25, 1e25]):
+        factor = torch.tensor(factors, dtype=dtype).view(3, 1, 1, 1)
+        problem.rhs = rhs * factor
+        solution = problem.solve(solver(name, tol))
+        assert solution.outcome is Outcome.converged
+        assert solution.stats.steps == reference.stats.steps
+        torch.testing.assert_close(solution.value / factor, reference.value, rtol=1e-3 * tol, atol=1e-3 * tol)
+        torch.testing.assert_close(solution.stats.residual, reference.stats.residual, rtol=1e-3, atol=1e-6)
+
+
+@every_solver
+def test_permuting_the_samples_permutes_the_solution(name: str) -> None:
+    problem, order = system([0.1, 0.5, 0.9]), [2, 0, 1]
+    other = System(problem.matrix[order], problem.rhs[order])
+    one, two = (p.solve(solver(name, 1e-6)) for p in (problem, other))
+    torch.testing.assert_close(two.value, one.value[order], rtol=0, atol=1e-12)
+    torch.testing.assert_close(two.stats.residual, one.stats.residual[order], rtol=1e-3, atol=1e-12)
+
+
+@accelerated
+@every_dtype
+def test_expanding_maps_are_solved(name: str, dtype: torch.dtype) -> None:
+    """Eigenvalues down to -1.3, where the plain iteration runs away."""
+    problem = with_spectrum(torch.linspace(-1.3, 0.3, N, dtype=torch.float64))
+    problem = System(problem.matrix.to(dtype), problem.rhs.to(dtype))
+    solution = problem.solve(solver(name, TOL[dtype]))
+    assert solution.outcome is Outcome.converged
+    torch.testing.assert_close(solution.value.double(), problem.exact(), rtol=0, atol=100 * TOL[dtype])
+    assert problem.solve(FixedPoint(TOL[dtype])).outcome is Outcome.diverged
+
+
+@every_solver
+def test_strongly_negative_spectrum(name: str) -> None:
+    """What training makes of the feedback; the plain iteration needs damping there."""
+    problem = with_spectrum(torch.linspace(-6, 0.2, N, dtype=torch.float64))
+    solution = problem.solve(solver(name, **({"damping": 0.25} if name == "fixed_point" else {})))
+    assert solution.outcome is Outcome.converged
+    torch.testing.assert_close(solution.value, problem.exact(), rtol=0, atol=1e-8)
+
+
+@every_solver
+@pytest.mark.parametrize("kind", ["zero", "nilpotent", "rank one", "multiple of one"])
+def test_exhausted_krylov_spaces(name: str, kind: str) -> None:
+    """Few products reach the exact solution, at different counts in the samples of one batch."""
+    matrix = system([0.8, 0.8, 0.8]).matrix
+    matrix[0] = {
+        "zero": torch.zeros(N, N, dtype=torch.float64),
+        "nilpotent": torch.diag(torch.tensor([3.0, 2.0, 0, 0, 0, 0, 0, 0, 0, 0, 0], dtype=torch.float64), 1),
+        "rank one": torch.randn(N, 1, dtype=torch.float64) @ torch.full((1, N), 0.02, dtype=torch.float64),
+        "multiple of one": -0.5 * torch.eye(N, dtype=torch.float64),
+    }[kind]
+    problem = System(matrix, torch.randn(SHAPE, dtype=torch.float64))
+    for coefficients in (problem, System(matrix[:1].expand(3, N, N), problem.rhs)):
+        solution = coefficients.solve(solver(name))
+        assert solution.outcome is Outcome.converged
+        torch.testing.assert_close(solution.value, coefficients.exact(), rtol=0, atol=1e-8)
+    assert name != "gmres" or solution.stats.steps <= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"), [("gmres", {"restart": 3}), ("anderson", {"memory": 1}), ("broyden", {"memory": 2})]
+)
+def test_little_memory_suffices(name: str, memory: dict[str, int]) -> None:
+    problem = system([0.3, 0.6, 0.8])
+    solution = problem.solve(solver(name, **memory), trace=True)
+    assert solution.outcome is Outcome.converged
+    torch.testing.assert_close(solution.value, problem.exact(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("budget", [1, 4, 7])
+@pytest.mark.parametrize("name", [*SOLVERS, "gmres restarted"])
+def test_max_steps_is_kept(name: str, budget: int) -> None:
+    problem = system([0.9, 0.95, 0.95])
+    options = {"restart": 3} if name.endswith("restarted") else {}
+    solution = problem.solve(solver(name.split()[0], 1e-14, budget, **options), trace=True)
+    assert solution.outcome is Outcome.max_steps
+    assert solution.stats.steps == budget
+    trace = solution.stats.trace
+    assert trace is not None
+    evaluations = 1 + (budget if "gmres" not in name else math.ceil(budget / 3) if options else 1)
+    assert len(trace) == evaluations
+    assert trace[0] == pytest.approx(float(problem.residual(problem.rhs).max()))
+    assert problem.calls == solution.stats.products == budget + (evaluations if "gmres" in name else 1)
+    torch.testing.assert_close(problem.residual(solution.value), solution.stats.residual)
+    assert "raise max_steps" in solution.message
+
+
+def test_divergence_returns_the_best_iterate_and_leaves_others_alone() -> None:
+    problem = with_spectrum(torch.linspace(-1.5, 0.5, N, dtype=torch.float64))
+    problem.matrix[1] /= 3  # this sample is a contraction
+    for scale in (1.0, 1e8):  # slowly, or beyond all floats before sample 1 is solved
+        problem.matrix[0] *= scale
+        solution = problem.solve(FixedPoint(1e-8, max_steps=100), trace=True)
+        assert solution.outcome is Outcome.diverged
+        residual = problem.residual(solution.value)
+        torch.testing.assert_close(solution.stats.residual, residual, rtol=1e-6, atol=1e-9)
+        assert float(residual[1]) <= 1e-8
+        assert bool((residual <= problem.residual(problem.rhs) * (1 + 1e-12)).all())
+        assert "damping" in solution.message
+    assert problem.solve(FixedPoint(1e-8, max_steps=1)).outcome is Outcome.diverged
+
+
+@every_solver
+@every_dtype
+@pytest.mark.parametrize("start", [1, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nonfinite_products(name: str, dtype: torch.dtype, start: int, value: float) -> None:
+    """The best finite iterate of that sample comes back; the other samples are solved all the same."""
+    problem = system([0.5, 0.8, 0.8], dtype)
+    problem.poison = start, value
+    solution = problem.solve(solver(name, TOL[dtype]))
+    assert solution.outcome is Outcome.nonfinite
+    assert bool(solution.value.isfinite().all())
+    residual = problem.residual(solution.value)
+    assert float(residual[[0, 2]].max()) <= 1.2 * TOL[dtype]
+    assert float(residual[1]) <= float(problem.residual(problem.rhs)[1]) * 1.001
+    if start == 3 and name != "gmres":
+        assert float(residual[1]) < float(problem.residual(problem.rhs)[1]) * 0.9
+    assert solution.stats.products == problem.calls
+
+
+@every_solver
+@both_couplings
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("warm", [False, True])
+def test_nan_in_the_right_hand_side_comes_back(name: str, coupled: bool, value: float, warm: bool) -> None:
+    """The original replaced it by 0 in silence."""
+    problem = system([0.5, 0.8, 0.8], coupled=coupled)
+    problem.rhs[1, 0, 0, 0] = value
+    solution = problem.solve(solver(name), torch.zeros(SHAPE, dtype=torch.float64) if warm else None)
+    assert solution.outcome is Outcome.nonfinite
+    assert not bool(solution.value[1].isfinite().all())
+    if not coupled:
+        assert float(problem.residual(solution.value)[[0, 2]].max()) <= 1e-10
+
+
+@nonlinear
+@every_dtype
+@both_couplings
+def test_nonlinear_fixed_points(name: str, dtype: torch.dtype, coupled: bool) -> None:
+    """Against scipy.optimize.root, sample by sample or as one."""
+    problem, tol = system([0.3, 0.6, 0.8], coupled=coupled), TOL[dtype]
+    shape = (problem.matrix.shape[0], -1)
+
+    def f(z: Tensor) -> Tensor:
+        rows = z.reshape(*shape, 1)
+        return ((problem.matrix.to(z) @ rows).reshape(z.shape) + problem.rhs.to(z)).sin()
+
+    solution = solve(FixedPointProblem(f, torch.rand(SHAPE, dtype=dtype), coupled), solver(name, tol))
+    assert solution.outcome is Outcome.converged
+
+    def equation(z: np.ndarray) -> np.ndarray:
+        tensor = torch.from_numpy(z).reshape(SHAPE)
+        return (f(tensor) - tensor).flatten().numpy()
+
+    root = scipy.optimize.root(equation, np.zeros(3 * N), tol=1e-13)
+    np.testing.assert_allclose(solution.value.flatten().numpy(), root.x, atol=20 * tol * np.abs(root.x).max())
+    image = f(solution.value)
+    residual = (image - solution.value).reshape(shape).norm(dim=1) / image.reshape(shape).norm(dim=1)
+    torch.testing.assert_close(solution.stats.residual, residual.double(), rtol=0.3, atol=1e-7)
+    assert float(residual.max()) <= 1.2 * tol
+
+
+@nonlinear
+@pytest.mark.parametrize("drive", [-5.0, 0.4])
+def test_silent_neurons_are_a_fixed_point(name: str, drive: float) -> None:
+    """f(z) = 0 at z != 0 is no failure: there the quotient of norms has no value, one step on it is solved."""
+    drives = torch.tensor([[-5.0, -5.0], [-5.0, drive]])
+    problem = FixedPointProblem(lambda z: (0.3 * z + drives).clamp(0, 1), torch.rand(2, 2))
+    solution = solve(problem, solver(name, 1e-5))
+    assert solution.outcome is Outcome.converged
+    expected = torch.tensor([[0, 0], [0, max(drive, 0) / 0.7]])
+    torch.testing.assert_close(solution.value, expected, rtol=1e-4, atol=1e-6)
+    solve(problem, solver(name, 1e-3), y0 := solution.value.clone()).value.fill_(7)
+    torch.testing.assert_close(y0, expected, rtol=1e-4, atol=1e-6)  # what comes back belongs to the caller
+
+
+def test_gmres_refuses_nonlinear_problems() -> None:
+    with pytest.raises(ValueError, match="use fixed_point, anderson or broyden"):
+        solve(FixedPointProblem(torch.sin, torch.ones(2, 3)), Gmres())
+
+
+@every_solver
+def test_the_first_iterate(name: str) -> None:
+    problem = system([0.1, 0.5, 0.9])
+    given_y0, y0 = problem.exact(), problem.exact()
+    solution = problem.solve(solver(name), y0)
+    assert (solution.stats.steps, problem.calls, solution.stats.trace) == (0, 1, None)
+    assert torch.equal(y0, given_y0)
+    problem.matrix.zero_()
+    problem.solve(solver(name)).value.zero_()  # what comes back belongs to the caller
+    assert bool(problem.rhs.any())
+    with pytest.raises(ValueError, match=r"y0 has the shape \[3, 12\], the problem \[3, 2, 3, 2\]"):
+        problem.solve(solver(name), torch.zeros(3, N))
+    empty = solve(LinearProblem(lambda v: v, torch.zeros(0, 2)), solver(name))
+    assert (empty.outcome, empty.value.shape) == (Outcome.converged, (0, 2))
+
+
+@every_solver
+def test_settings_are_values(name: str) -> None:
+    one, other = solver(name), solver(name)
+    assert (one, hash(one)) == (other, hash(other))
+    assert one != solver(name, tol=1e-3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.tol = 1.0
+    for tol in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="tol must be a positive finite number"):
+            solver(name, tol=tol)
+    with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
+        solver(name, max_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (FixedPoint, {"damping": 0.0}, r"damping must lie in \(0, 1\], got 0"),
+        (FixedPoint, {"damping": 1.1}, r"damping must lie in \(0, 1\], got 1.1"),
+        (Anderson, {"memory": 0}, "memory must be at least 1"),
+        (Anderson, {"mixing": 0.0}, r"mixing must lie in \(0, 1\]"),
+        (Broyden, {"memory": 0}, "memory must be at least 1"),
+        (Gmres, {"restart": 0}, "restart must be at least 1"),
+    ],
+)
+def test_impossible_settings_are_refused(kind: type, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**options)
