@@ -41,7 +41,8 @@ class NeuronParams:
 
     def total_weight(self, time_steps: int) -> float:
         """sum_{t=1..T} lambda^(T-t), the normaliser of every weighted time average."""
-        return float(time_steps) if self.leak == 1 else (1 - self.leak**time_steps) / (1 - self.leak)
+        # summed term by term: the closed form (1 - lambda^T) / (1 - lambda) cancels for lambda close to 1
+        return math.fsum(self.leak**k for k in range(time_steps))
 
 
 def step(current: Tensor, u: Tensor, params: NeuronParams) -> tuple[Tensor, Tensor]:

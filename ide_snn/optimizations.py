@@ -58,6 +58,8 @@ class NormConstraint(nn.Module):
         super().__init__()
         if not (math.isfinite(bound) and bound > 0):
             raise ValueError(f"the bound c on the norm must be positive and finite, got {bound}")
+        if operator.kind == "conv_transposed" and operator.groups != 1:
+            raise ValueError("constraints do not support grouped transposed convolutions: use groups=1")
         self.operator = operator
         self.bound = bound
         _check_weight(weight)
@@ -250,8 +252,6 @@ class WeightNorm(NormConstraint):
 
     def __init__(self, operator: Operator, weight: Tensor, bound: float) -> None:
         super().__init__(operator, weight, bound)
-        if operator.kind == "conv_transposed" and operator.groups != 1:
-            raise ValueError("weight_norm does not support grouped transposed convolutions: use groups=1")
         if bool((self.norm(weight.detach()) == 0).any()):
             raise ValueError("weight_norm: an output channel has only zero weights; initialise it first")
         self._start(weight)

@@ -93,7 +93,6 @@ def test_the_weight_follows_its_formula(kind: str, name: str, scale: float) -> N
             constraint.alpha.copy_(alpha)
         expected = constraint.alpha.detach().numpy().clip(-0.8, 0.8) * raw.numpy() / norm.numpy()
         np.testing.assert_allclose(module.weight.detach().numpy(), expected, rtol=1e-5, atol=1e-12)
-        assert torch.equal(constraint.alpha, alpha.expand_as(constraint.alpha).double())
 
 
 @modest
@@ -191,8 +190,7 @@ def test_evaluation_changes_nothing(kind: str, name: str) -> None:
     before = {key: value.clone() for key, value in module.state_dict().items()}
     x = torch.randn(2, *INPUTS[kind], dtype=torch.float64)
     assert torch.equal(module(x), module(x))
-    module.train()
-    assert torch.equal(module.weight, module.weight)  # reading does not count as a forward
+    assert torch.equal(module.train().weight, module.weight)  # reading does not count as a forward
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
@@ -208,8 +206,9 @@ def test_one_update_per_training_forward(kind: str, name: str) -> None:
     assert isinstance(constraint, PowerIteration)
     for _ in range(3):
         before = reference.v.clone()
-        module(x).sum().backward()
-        _ = module.weight
+        first, second = module(x), module(x)
+        (first * second).sum().backward()  # the second forward has not spoilt the graph of the first
+        reference.update(raw_weight(module))
         reference.update(raw_weight(module))
         assert torch.equal(constraint.u, reference.u)
         assert torch.equal(constraint.v, reference.v)
@@ -346,6 +345,8 @@ def test_misuse_is_one_clear_error() -> None:
     for size in (None, (4,)):
         with pytest.raises(ValueError, match=r"needs input_size=\(height, width\)"):
             constrain(nn.Conv2d(2, 2, 3), "spectral_operator", input_size=size)
+    with pytest.raises(ValueError, match="grouped transposed convolutions"):
+        constrain(nn.ConvTranspose2d(4, 4, 3, groups=2), "spectral_matrix")
     with pytest.raises(ValueError, match="already constrained"):
         constrain(made("linear", "frobenius"), "spectral_matrix")
     with pytest.raises(ValueError, match="Linear has no constrained weight"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ide_snn.solvers.base import Workspace, check_settings
+from ide_snn.solvers.base import Workspace, check_settings, require_count
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Anderson:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.memory < 1:
-            raise ValueError(f"memory must be at least 1, got {self.memory}")
+        require_count("memory", self.memory)
         if not 0 < self.mixing <= 1:
             raise ValueError(f"mixing must lie in (0, 1], got {self.mixing}")
 

@@ -182,8 +182,13 @@ def check_settings(solver: Solver) -> None:
     """Raises ValueError for settings no solver can work with."""
     if not (math.isfinite(solver.tol) and solver.tol > 0):
         raise ValueError(f"tol must be a positive finite number, got {solver.tol}")
-    if solver.max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {solver.max_steps}")
+    require_count("max_steps", solver.max_steps)
+
+
+def require_count(name: str, value: int) -> None:
+    """Raises ValueError unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: bool = False) -> Solution:

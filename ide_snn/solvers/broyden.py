@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ide_snn.solvers.base import Workspace, check_settings
+from ide_snn.solvers.base import Workspace, check_settings, require_count
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Broyden:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.memory < 1:
-            raise ValueError(f"memory must be at least 1, got {self.memory}")
+        require_count("memory", self.memory)
 
     def begin(self, work: Workspace) -> _QuasiNewton:  # noqa: ARG002
         return _QuasiNewton(self.memory)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ide_snn.solvers.base import FixedPointProblem, Workspace, check_settings
+from ide_snn.solvers.base import FixedPointProblem, Workspace, check_settings, require_count
 
 Array = NDArray[np.float64]
 
@@ -36,8 +36,7 @@ class Gmres:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.restart < 1:
-            raise ValueError(f"restart must be at least 1, got {self.restart}")
+        require_count("restart", self.restart)
 
     def begin(self, work: Workspace) -> _Arnoldi:
         if isinstance(work.problem, FixedPointProblem):
