@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ide_snn.equilibrium import EquilibriumMap
-from ide_snn.implicit import Gradient, Implicit, SolveHook, attach_gradient
+from ide_snn.implicit import GRADIENTS, Gradient, Implicit, SolveHook, attach_gradient
 from ide_snn.layers import Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, time_average
 from ide_snn.simulation import Rates, Record, simulate
-from ide_snn.solvers import Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
+from ide_snn.solvers import SOLVERS, Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
 
 log = logging.getLogger(__name__)
 SimulationHook = Callable[[Rates], None]
@@ -58,6 +58,9 @@ class FeedbackSNN(nn.Module):
         check_input: bool = True,
     ) -> None:
         super().__init__()
+        _require_kind("solver", solver, tuple(SOLVERS.values()))
+        _require_kind("gradient", gradient, tuple(GRADIENTS.values()))
+        _require_kind("neuron", neuron, (NeuronParams,))
         self.input = _as_connection(input)
         self.layers = nn.ModuleList(_as_connection(layer) for layer in layers)
         self.feedback = _as_connection(feedback)
@@ -202,6 +205,11 @@ class FeedbackSNN(nn.Module):
         if not x.is_floating_point() and not self.input_has_time:
             raise ValueError(f"a constant input must be floating point, got {x.dtype}: convert with x.float()")
         expected = self._parameter_dtype(x)
+        if expected in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"parameters are {expected}, too coarse for membranes and solves: keep them in float32 and use "
+                "torch.autocast"
+            )
         if not self.input_has_time and x.dtype != expected and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"input is {x.dtype} but the parameters are {expected}: convert with x.to({expected})")
         if self.check_input and x.is_floating_point() and not bool(torch.isfinite(x).all()):
@@ -260,6 +268,12 @@ class _Moment:
         feedback, layers = self.map.feedback.frozen, [layer.frozen for layer in self.map.layers]
         drive = self.drive_value if self.drive_at is None else self.drive_at
         return simulate(drive, layers, feedback, self.shapes, self.block.neuron, self.block.time_steps, record)
+
+
+def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:
+    if not isinstance(value, kinds):
+        names = ", ".join(f"{kind.__name__}(...)" for kind in kinds)
+        raise ValueError(f"{name} must be one of {names}, got {value!r}")
 
 
 def _as_connection(module: nn.Module) -> Connection:

@@ -249,24 +249,37 @@ def build_dataset(config: Config) -> Dataset:
 def build_loaders(config: Config, dataset: Dataset, device: torch.device) -> Loaders:
     """Loaders of the parts; the order of the training data depends on `config.seed` and the epoch only."""
     trainer, validation = config.trainer, dataset.validation
+    if len(dataset.train) % trainer.batch_size == 1 and config.model.batch_norm and not trainer.drop_last:
+        raise ConfigError(
+            f"trainer.batch_size={trainer.batch_size} leaves a last batch of one of the {len(dataset.train)} training "
+            "images, which batch norm cannot use: set trainer.drop_last=true or another batch size"
+        )
     fixed: dict[str, Any] = {"normalization": dataset.normalization, "device": device}
     evaluating = {**fixed, "batch_size": trainer.evaluation_batch_size, "shuffle": False}
     return Loaders(
-        DeviceLoader(dataset.train, batch_size=trainer.batch_size, shuffle=True, seed=config.seed, **fixed),
+        DeviceLoader(
+            dataset.train,
+            batch_size=trainer.batch_size,
+            shuffle=True,
+            seed=config.seed,
+            drop_last=trainer.drop_last,
+            **fixed,
+        ),
         DeviceLoader(dataset.test, **evaluating),
         None if validation is None else DeviceLoader(validation, **evaluating),
     )
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one."""
-    available = torch.cuda.is_available()
+    """`auto` is the GPU if there is one; `cuda:1` is the second."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if available else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"device: there is no {name!r}; choose one of auto, cpu, cuda")
-    if name == "cuda" and not available:
-        raise ConfigError("device=cuda: torch sees no CUDA device; use device=cpu or device=auto")
+        return torch.device("cuda" if count else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())):
+        raise ConfigError(f"device: there is no {name!r}; choose one of auto, cpu, cuda, cuda:<n>")
+    if kind == "cuda" and int(index or 0) >= count:
+        raise ConfigError(f"device={name}: torch sees {count} CUDA devices; use device=cpu or device=auto")
     return torch.device(name)
 
 

@@ -60,15 +60,14 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, progress: bool | Non
     `progress`: show a bar; None means only on a terminal.
     """
     result = run_evaluation(model, batches, "evaluating", progress, stop=lambda: False)
-    if result is None:
-        raise ValueError("there is no batch to evaluate on")
+    assert result is not None  # nothing asks it to stop
     return result
 
 
 def run_evaluation(
     model: nn.Module, batches: Iterable[Batch], title: str, progress: bool | None, stop: Callable[[], bool]
 ) -> Evaluation | None:
-    """As `evaluate`; None if asked to stop before the end, or without any batch."""
+    """As `evaluate`; None if asked to stop before the end."""
     device = device_of(model)
     totals = Totals(device)
     was_training = model.training
@@ -85,7 +84,9 @@ def run_evaluation(
     finally:
         model.train(was_training)
     if not totals.samples:
-        return None
+        raise ValueError(
+            "there is no batch to evaluate on: pass a loader or a list, an iterator is used up after one pass"
+        )
     loss, accuracy = totals.means()
     return Evaluation(accuracy, loss, monitor.firing_rate(), totals.samples)
 

@@ -97,6 +97,7 @@ def attach_gradient(
     shared = gradient.jacobian_at == "rate" and (couples or not f.couples_samples)
     by_graph = shared and (couples or not f.is_known)
     jacobian = None if shared else _jacobian(rates, f, gradient)
+    # (as a leaf the point collects a gradient nobody reads: one product, the price of sharing the graph)
     point = rates.detach().requires_grad_(by_graph)
     activations = f.activations(point, "batch", update_running=True)
     image = sigma(activations[-1])
@@ -133,7 +134,7 @@ class _FixedPointGradient(torch.autograd.Function):
         hooks: tuple[SolveHook, ...],
     ) -> Tensor:
         ctx.solve = jacobian, solver, coupled, hooks
-        return rates.view_as(rates)
+        return rates.clone()  # a view would refuse in-place operations behind the block
 
     @staticmethod
     @once_differentiable

@@ -64,7 +64,8 @@ class Connection(nn.Module):
         if not known and (batch_norm or constraint != "none"):
             names = ", ".join(m.__name__ for m in KNOWN_MODULES)
             raise ValueError(
-                f"batch_norm and constraint are for {names}; put them inside your {type(op).__name__} instead"
+                f"batch_norm and constraint are for {names}; inside your {type(op).__name__} use torch's batch norm "
+                "and ide_snn.optimizations.constrain on its linear parts"
             )
         if any(isinstance(m, nn.modules.dropout._DropoutNd) for m in op.modules()):
             raise ValueError(
@@ -74,13 +75,19 @@ class Connection(nn.Module):
         if pool < 1:
             raise ValueError(f"pool must be at least 1, got {pool}")
         self.op = op
-        self.operator = Operator.of(op) if known else None
+        self._operator = Operator.of(op) if known else None
         self.pool = pool
         self.bn = _batch_norm_for(op) if batch_norm else None
         self.dropout = VariationalDropout(dropout)
         if constraint != "none":
             constrain(op, constraint, bound=bound, input_size=input_size, generator=generator)
-        self._affine_checked: set[tuple[int, ...]] = set()
+        # what an own module was found to do, by input shape: it is affine, with responses of this shape
+        self._probed: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    @property
+    def operator(self) -> Operator | None:
+        """Geometry of a known module; None for any other, also one with a forward of its own or hooks."""
+        return self._operator if _runs_as_torch_wrote_it(self.op) else None
 
     @property
     def is_known(self) -> bool:
@@ -96,10 +103,16 @@ class Connection(nn.Module):
         """Shape of the response, without the batch, to an input of `shape` [C, H, W] or [C]."""
         if self.operator is not None:
             return _pooled(self.operator.output_shape(shape), self.pool)
-        reference = next(iter(self.op.parameters()), torch.empty(0))
-        with torch.no_grad(), frozen_statistics(self.op):
-            response = self.op(torch.zeros(1, *shape, dtype=reference.dtype, device=reference.device))
-        return _pooled(tuple(response.shape[1:]), self.pool)
+        if shape not in self._probed:
+            self._probed[shape] = self._require_affine(shape)
+        return _pooled(self._probed[shape], self.pool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The connection by itself, gain * pool(BN(K x + b)), as an ordinary module; x [B, C, H, W] or [B, C].
+
+        A `FeedbackSNN` does not call this: hooks on it see nothing of a simulation.
+        """
+        return self.prepare(tuple(x.shape[1:]), x).respond(x, "batch", update_running=True)
 
     def prepare(
         self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
@@ -113,30 +126,34 @@ class Connection(nn.Module):
         """
         if self.training:
             update_constraints(self)
-        if not self.is_known:
-            self._require_affine(shape, like)
+            if not self.is_known:
+                _advance_parametrizations(self.op)
         output = self.output_shape(shape)
         gain = self.dropout.draw(like.new_empty(like.shape[0], *output), generator)
         weight = self.op.weight if self.is_known else None
         bias = self.op.bias if self.is_known else None
         return FixedConnection(self, weight, bias, gain, shape, output)  # type: ignore[arg-type]
 
-    def _require_affine(self, shape: tuple[int, ...], like: Tensor) -> None:
-        """Raises ValueError if the user's module is not affine; checked once per input shape."""
-        if shape in self._affine_checked:
-            return
+    def _require_affine(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an own module's response; raises ValueError if the module is not affine."""
+        tensors = [t for t in (*self.op.parameters(), *self.op.buffers()) if t.is_floating_point()]
+        like = tensors[0] if tensors else torch.empty(0)
         generator = torch.Generator().manual_seed(0)
         x, y = (torch.randn(1, *shape, generator=generator).to(like) for _ in range(2))
-        with torch.no_grad(), frozen_statistics(self.op):
+        with (
+            torch.no_grad(),
+            frozen_statistics(self.op),
+            torch.autocast(like.device.type, enabled=False),
+        ):
             mixed, separate = self.op(0.75 * x + 0.25 * y), 0.75 * self.op(x) + 0.25 * self.op(y)
-        tolerance = 1e3 * torch.finfo(mixed.dtype).eps * (1 + float(separate.abs().max()))
+        tolerance = 1e3 * torch.finfo(mixed.dtype).eps * float(separate.abs().max())
         if not bool(((mixed - separate).abs() <= tolerance).all()):
             raise ValueError(
                 f"{type(self.op).__name__} is not affine, but simulation, equilibrium and gradient of a feedback SNN "
                 "require connections that are affine for fixed statistics: remove activations and random layers "
                 "from it (the populations are the nonlinearity)"
             )
-        self._affine_checked.add(shape)
+        return tuple(mixed.shape[1:])
 
     def feedback_diagnostics(self) -> dict[str, float]:
         """Norm in use, largest |alpha| stored, and the excess of the true norm over its estimate, for logs."""
@@ -309,6 +326,31 @@ def frozen_statistics(module: nn.Module) -> AbstractContextManager[None]:
 def cached_weights() -> AbstractContextManager[None]:
     """Scope in which parametrized weights of users' modules are computed once; for use without gradients."""
     return parametrize.cached()
+
+
+def _runs_as_torch_wrote_it(op: nn.Module) -> bool:
+    """True where calling `op` does nothing but its linear operator with `op.weight` and `op.bias`."""
+    known = next((kind for kind in KNOWN_MODULES if isinstance(op, kind)), None)
+    own_hooks = 0 if get_constraint(op) is None else 1  # the one that advances the constraint
+    return (
+        known is not None
+        and type(op).forward is known.forward
+        and not op._forward_hooks
+        and len(op._forward_pre_hooks) <= own_hooks
+    )
+
+
+@torch.no_grad()
+def _advance_parametrizations(op: nn.Module) -> None:
+    """Reads the parametrized tensors of a user's module once in training mode, as a forward of its own would.
+
+    Parametrizations that advance when they are read (torch's spectral_norm) do so once per training forward; during
+    the forward itself the module is in evaluation mode.
+    """
+    for module in op.modules():
+        if parametrize.is_parametrized(module) and get_constraint(module) is None:
+            for name in module.parametrizations:  # type: ignore[union-attr]
+                getattr(module, name)
 
 
 def _batch_norm_for(op: nn.Module) -> BatchNorm:

@@ -42,7 +42,7 @@ def train(config: Config, run_dir: Path) -> FitResult:
     Raises:
         ConfigError, DataError, CheckpointError, NonFiniteLossError: with a message that says what to change.
     """
-    device = resolve_device(config.device)
+    device = _prepare_device(config.device)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     schedule = build_schedule(config)
@@ -79,6 +79,14 @@ def train(config: Config, run_dir: Path) -> FitResult:
         _write_record(config, run_dir, device)
     _write_result(result, config, run_dir)
     return result
+
+
+def _prepare_device(name: str) -> torch.device:
+    """The device; on a GPU, float32 convolutions in full precision, which torch by default rounds to TF32."""
+    device = resolve_device(name)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+    return device
 
 
 def _count(model: torch.nn.Module) -> int:
@@ -138,7 +146,7 @@ def model_from_checkpoint(
         config = replace(config, time_steps=time_steps)
     model = build_model(config)
     load_weights(model, checkpoint)
-    return model.to(resolve_device(device)).eval(), config, checkpoint
+    return model.to(_prepare_device(device)).eval(), config, checkpoint
 
 
 def evaluate_checkpoint(request: EvaluateConfig) -> dict[str, Any]:

@@ -136,6 +136,7 @@ class TrainerConfig:
     epochs: int
     batch_size: int
     evaluation_batch_size: int
+    drop_last: bool
     accumulation: int
     gradient_clip: float | None
     log_every: int

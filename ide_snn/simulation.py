@@ -35,7 +35,8 @@ class Rates:
     """What a simulation measured.
 
     Attributes:
-        last: weighted firing rate a_n of the last population [B, *].
+        last: weighted firing rate a_n of the last population [B, *]; NaN for a sample in which any membrane ended
+            NaN or infinite.
         all: weighted rates of every population, first to last; empty unless recorded.
         spike_fraction: spikes per time step of every neuron of every population [B, *] (unweighted mean);
             empty unless recorded.
@@ -153,8 +154,11 @@ def _measure(
         assert accumulator is not None  # allocated for what is recorded
         return accumulator / whole
 
+    # A membrane that is NaN never fires, which would look like silence: the whole sample's rates become NaN instead.
+    poison = torch.stack([(p.u * 0).flatten(1).sum(1) for p in populations]).sum(0)
+    last = share(populations[-1].weighted, total)
     return Rates(
-        last=share(populations[-1].weighted, total),
+        last=last + poison.view(-1, *(1,) * (last.dim() - 1)),
         time_steps=time_steps,
         all=tuple(share(p.weighted, total) for p in populations) if record.all_rates else (),
         spike_fraction=(tuple(share(p.count, time_steps) for p in populations) if record.spike_fraction else ()),

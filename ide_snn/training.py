@@ -158,11 +158,11 @@ class _Run:
         resumed = self._resume_or_refuse(resume)
         if resumed and self.progress.epoch >= self.epochs and self.progress.rows:
             log.info("%s is finished (%d epochs); nothing to do", self.run_dir, self.progress.epoch)
-            if self.run_dir is not None and not (self.run_dir / "metrics.csv").exists():
+            if self.run_dir is not None:  # a run killed while it wrote its last row lacks it
                 write_csv(self.run_dir / "metrics.csv", self.progress.rows)
             return self._result(already_finished=True)
         self.started = time.perf_counter() - self.progress.seconds
-        self.log = RunLog(self.run_dir, self.progress.step + 1 if resumed else None)
+        self.log = RunLog(self.run_dir, self.progress.step + 1 if resumed else 0)
         try:
             with self.stop, warnings.catch_warnings():
                 complete = self._all_epochs()
@@ -237,6 +237,7 @@ class _Run:
         if not untrained:
             loss, accuracy = self.totals.means()
             self._require_finite(loss, "training loss")
+            self._require_finite_weights()
             row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
             row.update(train_loss=loss, train_accuracy=accuracy)
         for name, batches in (("test", self.test), ("validation", self.validation)):
@@ -277,6 +278,11 @@ class _Run:
         if not math.isfinite(value):
             self._give_up(f"the {what} became {value}")
 
+    def _require_finite_weights(self) -> None:
+        for key, value in self.model.state_dict().items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                self._give_up(f"{key} became NaN or infinite")
+
     def _give_up(self, what: str) -> None:
         saved = ""
         if self.run_dir is not None and self._path("last").exists():
@@ -295,9 +301,7 @@ class _Run:
         """Write a checkpoint, unless a weight is not finite; `last` holds what is needed to continue."""
         if self.run_dir is None:
             return
-        for key, value in self.model.state_dict().items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                self._give_up(f"{key} became NaN or infinite")
+        self._require_finite_weights()
         self.progress.seconds = time.perf_counter() - self.started
         training = None
         if name == "last":

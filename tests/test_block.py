@@ -76,13 +76,16 @@ def test_simulation_equals_a_plain_loop_over_the_modules(kind: str, leak: float,
     assert 0 < float(rates.firing_rate[-1]) < 1
 
 
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000))
-def test_if_rates_converge_like_one_over_t(seed: int) -> None:
-    """IF, one population, constant input: T ||a - f(a)|| stays within twice its value at T = 8."""
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10_000), kind=st.sampled_from(["fc", "conv"]))
+def test_if_rates_converge_like_one_over_t(seed: int, kind: str) -> None:
+    """IF, one population, constant input: T ||a - f(a)|| stays within twice its value at T = 8.
+
+    Over a batch of some hundred neurons: of a handful, the value at T = 8 can be small by chance.
+    """
     torch.manual_seed(seed)
-    block = small_block("fc", neuron=NeuronParams(2.0, 1.0), batch_norm=False).eval()
-    x = 2 * example_input("fc")
+    block = small_block(kind, neuron=NeuronParams(2.0, 1.0), batch_norm=False).eval()
+    x = 2 * example_input(kind, batch=64 if kind == "fc" else 16)
     values = []
     for time_steps in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
         block.time_steps = time_steps
@@ -267,3 +270,36 @@ def test_constrained_weight_is_computed_once_per_forward(training: bool) -> None
     block(example_input("multilayer")).sum().backward()
     assert len(calls) == 1
     assert len(updates) == int(training)
+
+
+@pytest.mark.parametrize("kind", ["fc", "multilayer"])
+def test_nan_in_any_connection_shows_in_the_rates(kind: str) -> None:
+    """A NaN membrane never reaches the threshold: without care it looks like a silent neuron."""
+    x = example_input(kind)
+    for name, _ in small_block(kind).named_parameters():
+        block = warmed_up(small_block(kind)).eval()
+        with torch.no_grad():
+            dict(block.named_parameters())[name].view(-1)[0] = torch.nan
+            assert block(x).isnan().any(), name
+    x[1] = torch.nan  # one sample: that one alone
+    block = warmed_up(small_block(kind)).eval()
+    block.check_input = False
+    with torch.no_grad():
+        rates = block(x)
+    assert rates[1].isnan().all()
+    assert rates[[0, 2, 3]].isfinite().all()
+
+
+def test_in_place_modules_may_follow() -> None:
+    for module in (nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)):
+        block = small_block("fc")
+        nn.Sequential(block, module)(example_input("fc")).sum().backward()
+        assert block.input.op.weight.grad is not None
+
+
+def test_a_connection_is_a_module_by_itself() -> None:
+    connection = warmed_up(small_block("pooled")).layers[0]
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    twin = copy.deepcopy(connection)
+    torch.testing.assert_close(connection(x), F.avg_pool2d(twin.bn(twin.op(x)), 2))
+    assert_same(snapshot(connection), snapshot(twin))

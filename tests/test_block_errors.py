@@ -66,7 +66,7 @@ def test_connection_options() -> None:
         Connection(nn.Conv2d(2, 2, 3), pool=0)
     with pytest.raises(ValueError, match="unknown constraint 'spectral'; valid are spectral_matrix, spectral_operator"):
         Connection(nn.Linear(2, 2), constraint="spectral")
-    with pytest.raises(ValueError, match="put them inside your Identity instead"):
+    with pytest.raises(ValueError, match="inside your Identity use torch's batch norm"):
         Connection(nn.Identity(), batch_norm=True)
     with pytest.raises(ValueError, match="padding_mode='circular' is not supported"):
         Connection(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"))
@@ -95,3 +95,14 @@ def test_own_batch_norm_in_the_input_stage_with_time_is_refused_in_training() ->
     with pytest.raises(ValueError, match="mean input"):
         block(example_input("fc", time_steps=5))
     assert block.eval()(example_input("fc", time_steps=5)).shape == (4, 8)
+
+
+def test_wrong_kinds_of_options() -> None:
+    with pytest.raises(ValueError, match=r"solver must be one of FixedPoint\(...\), .*got 'gmres'"):
+        small_block("fc", solver="gmres")
+    with pytest.raises(ValueError, match="gradient must be one of"):
+        small_block("fc", gradient="implicit")
+    with pytest.raises(ValueError, match="too coarse for membranes"):
+        FeedbackSNN(input=nn.Linear(6, 8), feedback=nn.Linear(8, 8), time_steps=2).bfloat16()(
+            torch.zeros(2, 6).bfloat16()
+        )

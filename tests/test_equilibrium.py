@@ -6,6 +6,7 @@ import pytest
 import torch
 from networks import KINDS, example_input, small_block, warmed_up
 from torch import nn
+from torch.nn.utils import prune
 
 from ide_snn import Connection, FeedbackSNN, NeuronParams
 from ide_snn.equilibrium import AnalyticLinearisation, dense_jacobian
@@ -147,3 +148,63 @@ def test_f_clamps_to_the_unit_interval_and_its_gradient_passes_at_equality() -> 
     assert f(a, "running").tolist() == [[0.0, 0.5, 1.0, 1.0]]
     slope = dense_jacobian(f.linearise(a, "running").matvec, a).diagonal()
     torch.testing.assert_close(slope, torch.tensor([0.05, 0.05, 0.05, 0.0], dtype=torch.float64))
+
+
+class Masked(nn.Linear):
+    """A subclass whose forward is not torch's."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.tril(), self.bias)
+
+
+def test_subclasses_and_hooks_are_not_taken_for_the_plain_operator() -> None:
+    x = example_input("fc")
+    masked = Masked(8, 8).double()
+    plain = nn.Linear(8, 8).double()
+    plain.load_state_dict({"weight": masked.weight.tril(), "bias": masked.bias})
+    hooked = nn.Linear(8, 8).double()
+    hooked.load_state_dict(masked.state_dict())
+    prune.custom_from_mask(hooked, "weight", torch.ones(8, 8).tril())
+    stage = nn.Linear(6, 8).double()
+    nets = [FeedbackSNN(input=stage, feedback=op, time_steps=6) for op in (plain, masked, hooked)]
+    assert [net.feedback.is_known for net in nets] == [True, False, False]
+    expected = nets[0](x)
+    for net in nets[1:]:
+        for _ in range(2):  # a second backward through the same graph would raise
+            rates = net(x)
+            assert torch.equal(rates, expected)
+            rates.sum().backward()
+
+
+def test_affinity_is_checked_in_full_precision_under_autocast() -> None:
+    own = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    block = FeedbackSNN(input=nn.Linear(6, 8), feedback=own, time_steps=5)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="not affine"):
+        block(torch.randn(4, 6))
+
+
+def test_parametrizations_of_an_own_module_advance_once_per_training_forward() -> None:
+    linear = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8, bias=False)).double()
+    block = FeedbackSNN(input=nn.Linear(6, 8).double(), feedback=nn.Sequential(linear), time_steps=5)
+    norm = linear.parametrizations.weight[0]
+    with torch.no_grad():
+        linear.parametrizations.weight.original.mul_(torch.linspace(1, 9, 8)[:, None])
+    for _ in range(40):
+        block(example_input("fc"))
+    assert torch.linalg.matrix_norm(linear.eval().weight, 2) < 1.01
+    before = norm._u.clone()
+    block.eval()(example_input("fc"))
+    assert torch.equal(norm._u, before)
+
+
+def test_own_module_with_buffers_only() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("filter", torch.eye(8) / 4)
+
+        def forward(self, x):
+            return x @ self.filter
+
+    block = FeedbackSNN(input=nn.Linear(6, 8).double(), feedback=Fixed().double(), time_steps=5)
+    assert block(example_input("fc")).shape == (4, 8)

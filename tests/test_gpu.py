@@ -1,0 +1,41 @@
+"""The same numbers on a GPU: run with pytest -m gpu where torch sees a CUDA device."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from networks import KINDS, example_input, small_block, warmed_up
+
+from ide_snn import Anderson, Broyden, FixedPoint, Gmres, Implicit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+@pytest.mark.parametrize("solver", [FixedPoint, Anderson, Broyden, Gmres])
+def test_training_step_equals_the_cpu_in_float64(kind: str, statistics: str, solver) -> None:
+    block = warmed_up(small_block(kind, solver=solver(tol=1e-11, max_steps=400), gradient=Implicit(statistics)))
+    x = example_input(kind)
+    results = []
+    for device in ("cpu", "cuda"):
+        twin, point = copy.deepcopy(block).to(device), x.to(device).requires_grad_()
+        rates = twin(point)
+        rates.square().sum().backward()
+        results.append([t.cpu() for t in (rates.detach(), point.grad, *(p.grad for p in twin.parameters()))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equilibrium_and_diagnostics_on_the_device(kind: str) -> None:
+    block = warmed_up(small_block(kind)).cuda().eval()
+    rates, solution = block.equilibrium(example_input(kind).cuda())
+    assert rates.is_cuda
+    assert solution.outcome == "converged"
+    assert block.feedback_diagnostics()["feedback_norm"] <= 1.001
