@@ -399,3 +399,12 @@ def test_no_dropout_where_there_is_none() -> None:
 def test_impossible_dropout_is_refused(p: float) -> None:
     with pytest.raises(ValueError, match=r"dropout probability must lie in \[0, 1\)"):
         VariationalDropout(p)
+
+
+def test_assigned_weight_is_bounded_even_where_the_old_vectors_are_exact_but_not_leading() -> None:
+    linear = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.diag(torch.tensor([2.0, 1, 1, 1])))
+    constrain(linear, "spectral_matrix", bound=1.0)
+    linear.weight = torch.diag(torch.tensor([2.0, 5, 1, 1]))
+    assert torch.linalg.matrix_norm(linear.weight.detach(), 2) == pytest.approx(1.0, rel=1e-4)
