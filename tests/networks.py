@@ -57,13 +57,15 @@ def small_block(
 
 
 def warmed_up(block: FeedbackSNN) -> FeedbackSNN:
-    """Gives every batch norm statistics and affine parameters that are not the initial ones."""
+    """Gives every bias and batch norm values that are not the initial ones."""
     for module in block.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.2, 0.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, 0.2, 0.8)
+        elif getattr(module, "bias", None) is not None:
+            nn.init.uniform_(module.bias, 0.1, 0.3)
     return block
 
 

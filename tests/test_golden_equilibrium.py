@@ -21,9 +21,9 @@ from ide_snn.simulation import Record
 FILES = golden_files("equilibrium/*.npz")
 SOLVERS = [
     FixedPoint(tol=1e-12, max_steps=500),
-    Anderson(tol=1e-12, max_steps=200),
-    Broyden(tol=1e-12, max_steps=200),
-    Gmres(tol=1e-12, max_steps=200),
+    Anderson(tol=1e-12, max_steps=500, memory=20),
+    Broyden(tol=1e-12, max_steps=500, memory=200),
+    Gmres(tol=1e-12, max_steps=500, restart=200),
 ]
 
 
@@ -62,7 +62,7 @@ class GoldenNet(nn.Module):
         self.block = FeedbackSNN(
             input=stage("input", 2),
             layers=[stage(name, stride) for name, stride in config["stages"]],
-            feedback=Connection(feedback, constraint="spectral_matrix_first_dim", bound=1.0),
+            feedback=Connection(feedback, constraint="spectral_matrix_first_dim", bound=0.5 * config["v_threshold"]),
             neuron=NeuronParams(config["v_threshold"], config["leak"]),
             time_steps=config["time_steps"],
             solver=solver,
