@@ -290,6 +290,8 @@ def run_dir_of_this_job() -> Path:
 
 def run_app(main: Callable[[], object]) -> None:
     """Run a function decorated by `hydra.main`; expected errors become one message and exit code 1."""
+    # argparse takes overrides on one side of a flag only: train.py neuron=if -m seed=0,1
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting
     try:

@@ -131,7 +131,7 @@ def test_a_diverging_run_exits_with_an_error(tmp_path: Path) -> None:
 def test_a_sweep_over_seeds(tmp_path: Path) -> None:
     limits = ["dataset.train_limit=100", "dataset.test_limit=50"]
     options = ["neuron=if", "solver=broyden", "trainer.epochs=1", "seed=0,1", "hydra.sweep.dir=sweep"]
-    done = call("train", "-m", *TINY, *limits, *options, cwd=tmp_path)
+    done = call("train", *TINY, *limits, "-m", *options, cwd=tmp_path)  # overrides on both sides of the flag
     assert done.returncode == 0, done.stderr
     results = [json.loads((tmp_path / "sweep" / job / "result.json").read_text()) for job in ("0", "1")]
     assert [result["seed"] for result in results] == [0, 1]
