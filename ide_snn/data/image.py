@@ -74,7 +74,7 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("reading image files needs Pillow: pip install 'ide-snn[images]'") from error
+        raise ImportError("reading image files needs Pillow: pip install -e '.[images]'") from error
     return Image
 
 
