@@ -196,5 +196,5 @@ def test_shapes_and_scales_that_are_not_those_of_a_data_set(tmp_path: Path) -> N
 def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "a.png", GREY)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"pip install 'ide-snn\[images\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[images\]'"):
         load(path)
