@@ -6,6 +6,7 @@ for inputs, labels in loader.epoch(0):
     ...
 """
 
+from ide_snn.data.augment import Augmentation
 from ide_snn.data.base import DataError, Dataset, Normalization, Split, to_input
 from ide_snn.data.image import LoadedImage, load_image
 from ide_snn.data.loader import DeviceLoader
@@ -13,6 +14,7 @@ from ide_snn.data.registry import DATASETS, load_dataset
 
 __all__ = [
     "DATASETS",
+    "Augmentation",
     "DataError",
     "Dataset",
     "DeviceLoader",

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ide_snn.data.augment import Augmentation
 from ide_snn.data.base import Normalization, Split
 
 
@@ -20,6 +21,7 @@ class DeviceLoader:
         split: what to serve; moved to `device` once (not copied when it is there already).
         batch_size: samples per batch; the last batch of an epoch may be smaller.
         normalization: usually `dataset.normalization`.
+        augmentation: random changes of the images, drawn from (seed, epoch) as the order is.
         device: where the data lie and the batches appear.
         shuffle: a new random order in each epoch, otherwise the order of the split.
         seed: of the random orders.
@@ -36,6 +38,7 @@ class DeviceLoader:
         *,
         batch_size: int,
         normalization: Normalization,
+        augmentation: Augmentation = Augmentation(),
         device: str | torch.device = "cpu",
         shuffle: bool,
         seed: int = 0,
@@ -61,6 +64,7 @@ class DeviceLoader:
         self.shuffle = shuffle
         self.seed = seed
         self.drop_last = drop_last
+        self.augmentation = augmentation
         self._constants = normalization.constants(self.images.device, dtype)
 
     @property
@@ -90,12 +94,18 @@ class DeviceLoader:
         return self._batches(epoch, start)
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = self._order(epoch)[start * self.batch_size : self.samples].to(self.images.device)
+        device, skipped = self.images.device, start * self.batch_size
+        order = self._order(epoch)[skipped : self.samples].to(device)
+        augment = self.augmentation if self.augmentation.changes else None
+        choices = None if augment is None else augment.draw(self.samples, self.seed, epoch)[skipped:].to(device)
         # by range, since order.split() would give one empty batch for an empty order
         for first in range(0, len(order), self.batch_size):
-            index = order[first : first + self.batch_size]
-            inputs = self._constants.apply(self.images.index_select(0, index))
-            yield inputs, self.labels.index_select(0, index)
+            portion = slice(first, first + self.batch_size)
+            index = order[portion]
+            images = self.images.index_select(0, index)
+            if augment is not None and choices is not None:
+                images = augment.apply(images, choices[portion])
+            yield self._constants.apply(images), self.labels.index_select(0, index)
 
     def _order(self, epoch: int) -> Tensor:
         """Order of the samples in `epoch`: int64 [N] on the CPU."""
