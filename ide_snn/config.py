@@ -139,6 +139,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"dataset.input_shape must be positive, got {config.dataset.input_shape}")
     if trainer.gradient_clip is not None and not trainer.gradient_clip > 0:
         raise ConfigError(f"trainer.gradient_clip must be positive or null, got {trainer.gradient_clip}")
+    if not 0 <= trainer.label_smoothing < 1:
+        raise ConfigError(f"trainer.label_smoothing must lie in [0, 1), got {trainer.label_smoothing}")
     if trainer.threads is not None and trainer.threads < 1:
         raise ConfigError(f"trainer.threads must be at least 1 or null, got {trainer.threads}")
     if config.seed < 0:

@@ -65,6 +65,7 @@ def train(config: Config, run_dir: Path) -> FitResult:
         epochs=config.trainer.epochs,
         accumulation=config.trainer.accumulation,
         gradient_clip=config.trainer.gradient_clip,
+        label_smoothing=config.trainer.label_smoothing,
         run_dir=run_dir,
         resume=config.resume == "auto",
         config=config_to_dict(config),

@@ -142,6 +142,7 @@ class TrainerConfig:
     log_every: int
     progress: bool | None
     threads: int | None
+    label_smoothing: float = 0.0
 
 
 @dataclass(slots=True)

@@ -64,6 +64,7 @@ def fit(
     validation: Iterable[Batch] | None = None,
     accumulation: int = 1,
     gradient_clip: float | None = None,
+    label_smoothing: float = 0.0,
     run_dir: str | Path | None = None,
     resume: bool = False,
     config: Mapping[str, Any] | None = None,
@@ -83,6 +84,7 @@ def fit(
         validation: selects the best epoch; without it the test set does.
         accumulation: batches per optimiser step; their gradients are averaged over the samples.
         gradient_clip: largest global norm of the gradient, None for no clipping.
+        label_smoothing: share of the target that is spread evenly over all classes, in training only.
         run_dir: where metrics.csv, tensorboard/ and checkpoints/{last,best}.pt go; None writes nothing.
         resume: continue checkpoints/last.pt of `run_dir` if there is one.
         config: saved in the checkpoints; a resumed run must have the same one, except for what does not
@@ -107,6 +109,8 @@ def fit(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if gradient_clip is not None and not gradient_clip > 0:
         raise ValueError(f"gradient_clip must be positive, or None for no clipping; got {gradient_clip}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
     run = _Run(
         model=model,
         train=train,
@@ -117,6 +121,7 @@ def fit(
         validation=validation,
         accumulation=accumulation,
         gradient_clip=gradient_clip,
+        label_smoothing=label_smoothing,
         run_dir=None if run_dir is None else Path(run_dir),
         config=config or {},
         data=data or {},
@@ -139,6 +144,7 @@ class _Run:
     validation: Iterable[Batch] | None
     accumulation: int
     gradient_clip: float | None
+    label_smoothing: float
     run_dir: Path | None
     config: Mapping[str, Any]
     data: Mapping[str, Any]
@@ -217,7 +223,7 @@ class _Run:
         for x, y in group:
             x, y = x.to(self.device), y.to(self.device)
             logits = self.model(x)
-            loss = F.cross_entropy(logits, y)
+            loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
             (loss * (len(y) / samples)).backward()
             self.totals.add(loss, logits, y)
         if self.gradient_clip is not None:

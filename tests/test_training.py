@@ -246,6 +246,23 @@ def test_the_gradient_is_clipped_by_its_global_norm() -> None:
     assert norms[3:] == pytest.approx([0.01] * 3, rel=1e-3)
 
 
+def test_label_smoothing_spreads_the_target_in_training_only(tmp_path: Path) -> None:
+    model = plain(torch.float64)
+    batches = loader(40, 40, dtype=torch.float64)
+    (x, y), *_ = batches
+    with torch.no_grad():
+        log_p = model(x).log_softmax(1)
+    hard = -log_p.gather(1, y[:, None]).mean().item()
+    even = -log_p.mean().item()
+    # one batch at learning rate 0: both losses are those of the initial weights
+    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+    fit(model, batches, batches, optimizer=frozen, epochs=1, label_smoothing=0.3, run_dir=tmp_path, progress=False)
+    with open(tmp_path / "metrics.csv") as file:
+        row = next(csv.DictReader(file))
+    assert float(row["train_loss"]) == pytest.approx(0.7 * hard + 0.3 * even, rel=1e-9)
+    assert float(row["test_loss"]) == pytest.approx(hard, rel=1e-9)
+
+
 def test_schedules_in_closed_form() -> None:
     step = StepSchedule(milestones=(2, 4), factor=0.1)
     assert [step(0, epoch) for epoch in range(6)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
@@ -387,7 +404,15 @@ def test_the_log_says_how_it_goes(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": -1}, {"accumulation": 0}, {"gradient_clip": 0.0}, {"log_every": 0}, {"resume": True}]
+    "wrong",
+    [
+        {"epochs": -1},
+        {"accumulation": 0},
+        {"gradient_clip": 0.0},
+        {"label_smoothing": 1.0},
+        {"log_every": 0},
+        {"resume": True},
+    ],
 )
 def test_arguments_out_of_range(wrong: dict[str, Any]) -> None:
     model = plain()
