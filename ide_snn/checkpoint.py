@@ -7,22 +7,24 @@ run stood, and, in `last.pt`, what is needed to continue it (optimiser, random s
 
 from __future__ import annotations
 
-import contextlib
-import os
+import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ide_snn.files import write_atomically
 
 __all__ = [
     "FORMAT",
     "Checkpoint",
     "CheckpointError",
     "config_differences",
+    "flatten",
     "load_checkpoint",
     "load_weights",
     "save_checkpoint",
@@ -51,31 +53,6 @@ class Checkpoint:
     model: dict[str, Tensor]
     progress: dict[str, Any]
     training: dict[str, Any] | None
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place at once.
-
-    Whatever happens, `path` holds either its old content or all of the new one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    if os.name == "posix":  # the new name survives a power cut only once the folder is on disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def save_checkpoint(
@@ -107,12 +84,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: no such file")
+    content_of_file = path.read_bytes()  # apart, since torch raises OSError for damaged content too
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's hints on foreign files; they are refused anyway
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+            content = torch.load(io.BytesIO(content_of_file), map_location="cpu", weights_only=True)
     except Exception as error:  # there is no end to what a damaged pickle can raise
         raise CheckpointError(f"{path} is not a checkpoint of ide_snn, or it is damaged or truncated") from error
     missing = set(PARTS) - set(content if isinstance(content, dict) else ())
@@ -142,7 +118,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore: tuple[str, ...] = ()) -> list[str]:
     """Every option in which two resolved configurations differ, as 'key: old -> new'."""
-    before, after = _flatten(old), _flatten(new)
+    before, after = flatten(old), flatten(new)
     keys = [*before, *(key for key in after if key not in before)]
     unset = "(unset)"
     return [
@@ -152,11 +128,11 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore
     ]
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

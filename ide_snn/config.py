@@ -10,35 +10,40 @@ one ConfigError that names it. Classes are found by closed name -> class mapping
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from ide_snn.data import DataError, Dataset, DeviceLoader, load_dataset
+from ide_snn.config_errors import ConfigError, explain, one_error, refuse_added_keys
+from ide_snn.data import Augmentation, DataError, Dataset, DeviceLoader, EventSplit, load_dataset
 from ide_snn.implicit import GRADIENTS, Gradient
 from ide_snn.models import FeedbackClassifier, SNNIDEConvMultiLayerNet, SNNIDEConvNet, SNNIDEFCNet
 from ide_snn.neurons import NeuronParams
 from ide_snn.optim import OPTIMIZERS, SCHEDULES, Schedule
-from ide_snn.schemas import SCHEMAS, Config, EvaluateConfig, PredictConfig, options
+from ide_snn.schemas import (
+    SCHEMAS,
+    TOOLS,
+    Config,
+    DatasetConfig,
+    EventDatasetConfig,
+    ImageDatasetConfig,
+    ImageFolderDatasetConfig,
+    options,
+)
 from ide_snn.solvers import SOLVERS, Solver
 
 __all__ = [
@@ -56,6 +61,7 @@ __all__ = [
     "check",
     "config_from_dict",
     "config_to_dict",
+    "hydra_on_configs",
     "load_config",
     "resolve_device",
     "run_app",
@@ -74,10 +80,6 @@ RESUME = ("none", "auto")
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the option."""
-
-
 @dataclass(frozen=True)
 class Loaders:
     """Batches of the parts of a data set, on the device."""
@@ -90,7 +92,7 @@ class Loaders:
 def register_schemas() -> None:
     """Make the schemas known to Hydra as `/schema/<group>/<member>`, which the YAML files extend."""
     store = ConfigStore.instance()
-    for name, top in (("train", Config), ("evaluate", EvaluateConfig), ("predict", PredictConfig)):
+    for name, top in {"train": Config, **TOOLS}.items():
         store.store(group="schema", name=name, node=top)
     for group, members in SCHEMAS.items():
         for name, schema in members.items():
@@ -109,14 +111,26 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(
             f"there are no configuration files at {CONFIG_DIR}: install from a clone, with pip install -e ."
         )
-    with _one_error(), initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+    with one_error(), hydra_on_configs():
         return to_config(compose("train", overrides=list(overrides)), Config)
+
+
+@contextmanager
+def hydra_on_configs() -> Iterator[None]:
+    """Hydra reads `configs/`, inside a function decorated by `hydra.main` too."""
+    hydra = GlobalHydra.instance()
+    outer, hydra.hydra = hydra.hydra, None
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3", job_name="train"):
+            yield
+    finally:
+        hydra.hydra = outer
 
 
 def to_config(raw: DictConfig, kind: type[T]) -> T:
     """The typed form of a composed configuration; Raises ConfigError as `load_config`."""
-    with _one_error():
-        _refuse_added_keys(raw, "")
+    with one_error():
+        refuse_added_keys(raw, "")
         missing = OmegaConf.missing_keys(raw)
         if missing:
             raise ConfigError(f"required: {', '.join(f'{key}=...' for key in sorted(missing))}")
@@ -180,7 +194,7 @@ def config_from_dict(content: Mapping[str, Any]) -> Config:
         if key not in members:
             raise ConfigError(f"{group}.{label}: there is no {key!r}; choose one of {', '.join(members)}")
         sections[group] = OmegaConf.structured(members[key])
-    with _one_error():
+    with one_error():
         merged = OmegaConf.merge(OmegaConf.structured(Config), sections, dict(content))
         assert isinstance(merged, DictConfig)
         return to_config(merged, Config)
@@ -223,6 +237,7 @@ def build_model(config: Config) -> FeedbackClassifier:
         "solver": build_solver(config),
         "gradient": build_gradient(config),
         "time_steps": config.time_steps,
+        "input_has_time": isinstance(config.dataset, EventDatasetConfig),
         "generator": torch.Generator().manual_seed(config.seed),
     }
     network = _choose("model.network", NETWORKS, config.model.network)
@@ -238,18 +253,34 @@ def build_dataset(config: Config) -> Dataset:
     """
     section = options(config.dataset)
     shape, classes = tuple(section.pop("input_shape")), section.pop("num_classes")
+    if isinstance(config.dataset, ImageDatasetConfig):
+        del section["crop_padding"], section["flip"]  # for the loader
+    if isinstance(config.dataset, ImageFolderDatasetConfig):
+        section["channels"] = shape[0]
+    if isinstance(config.dataset, EventDatasetConfig):
+        section["time_steps"] = config.time_steps
     dataset = load_dataset(config.dataset.name, data_dir=config.data_dir, **section)
     for name, expected, found in (
         ("input_shape", shape, dataset.input_shape),
         ("num_classes", classes, dataset.num_classes),
     ):
         if expected != found:
-            raise ConfigError(f"dataset.{name} is {expected}, but the data have {found}")
+            value = str(list(found) if isinstance(found, tuple) else found).replace(" ", "")
+            raise ConfigError(f"dataset.{name} is {expected}, but the data have {found}: set dataset.{name}={value}")
     return dataset
 
 
+def _augmentation(section: DatasetConfig) -> Augmentation:
+    if isinstance(section, ImageDatasetConfig):
+        return Augmentation(section.crop_padding, section.flip)
+    return Augmentation()
+
+
 def build_loaders(config: Config, dataset: Dataset, device: torch.device) -> Loaders:
-    """Loaders of the parts; the order of the training data depends on `config.seed` and the epoch only."""
+    """Loaders of the parts; the order of the training data depends on `config.seed` and the epoch only.
+
+    Of event recordings they serve the first `config.time_steps` frames.
+    """
     trainer, validation = config.trainer, dataset.validation
     if len(dataset.train) % trainer.batch_size == 1 and config.model.batch_norm and not trainer.drop_last:
         raise ConfigError(
@@ -257,19 +288,23 @@ def build_loaders(config: Config, dataset: Dataset, device: torch.device) -> Loa
             "images, which batch norm cannot use: set trainer.drop_last=true or another batch size"
         )
     fixed: dict[str, Any] = {"normalization": dataset.normalization, "device": device}
+    if isinstance(dataset.train, EventSplit):
+        fixed["time_steps"] = config.time_steps
     evaluating = {**fixed, "batch_size": trainer.evaluation_batch_size, "shuffle": False}
-    return Loaders(
-        DeviceLoader(
-            dataset.train,
-            batch_size=trainer.batch_size,
-            shuffle=True,
-            seed=config.seed,
-            drop_last=trainer.drop_last,
-            **fixed,
-        ),
-        DeviceLoader(dataset.test, **evaluating),
-        None if validation is None else DeviceLoader(validation, **evaluating),
-    )
+    with _naming("dataset"):
+        return Loaders(
+            DeviceLoader(
+                dataset.train,
+                batch_size=trainer.batch_size,
+                shuffle=True,
+                seed=config.seed,
+                drop_last=trainer.drop_last,
+                augmentation=_augmentation(config.dataset),
+                **fixed,
+            ),
+            DeviceLoader(dataset.test, **evaluating),
+            None if validation is None else DeviceLoader(validation, **evaluating),
+        )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -306,7 +341,7 @@ def run_app(main: Callable[[], object]) -> None:
     except (HydraException, OmegaConfBaseException, ValueError, ArithmeticError, OSError, ImportError) as error:
         if wants_traceback:
             raise
-        print(f"error: {_explain(error)}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         if not isinstance(error, (HydraException, OmegaConfBaseException, ConfigError, DataError)):
             print("(HYDRA_FULL_ERROR=1 shows where it was raised)", file=sys.stderr)
         raise SystemExit(1) from None
@@ -332,56 +367,3 @@ def _naming(group: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{group}: {error}") from error
-
-
-@contextmanager
-def _one_error() -> Iterator[None]:
-    """Hydra's and OmegaConf's errors as ConfigError."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error)) from error
-
-
-def _explain(error: BaseException) -> str:
-    """What is wrong and what would be right, in one message."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
-    if isinstance(cause, MissingMandatoryValue):
-        return f"required: {cause.full_key}=..."
-    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
-        return _explain_unknown(cause)
-    if cause is not None and cause.full_key:
-        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
-    text, *_ = str(error).split("\nConfig search path:")
-    return " ".join(text.split())
-
-
-def _explain_unknown(error: OmegaConfBaseException) -> str:
-    prefix, _, key = str(error.full_key).rpartition(".")
-    if is_dataclass(error.object_type):
-        valid = [field.name for field in fields(error.object_type)]
-    else:
-        valid = [str(name) for name in error.parent_node] if isinstance(error.parent_node, DictConfig) else []
-    return _unknown(prefix, key, valid)
-
-
-def _unknown(prefix: str, key: str, valid: Sequence[str]) -> str:
-    where = f"{prefix}." if prefix else ""
-    close = difflib.get_close_matches(key, valid, n=1)
-    hint = f" (did you mean {where}{close[0]}?)" if close else ""
-    return f"unknown option {where}{key}{hint}; valid are {', '.join(f'{where}{name}' for name in valid)}"
-
-
-def _refuse_added_keys(node: Any, prefix: str) -> None:
-    """`+key=value` can add an option that no schema has."""
-    if not isinstance(node, DictConfig) or node._is_none():
-        return
-    kind = OmegaConf.get_type(node)
-    names = [field.name for field in fields(kind)] if kind is not None and is_dataclass(kind) else None
-    for key in map(str, node):
-        if names is not None and key not in names:
-            raise ConfigError(_unknown(prefix.rstrip("."), key, names))
-        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
-            _refuse_added_keys(node[key], f"{prefix}{key}.")

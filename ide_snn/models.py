@@ -165,7 +165,8 @@ class SNNIDEConvNet(FeedbackClassifier):
         input_shape: [C, H, W].
         num_classes: of the classifier.
         channels: maps of the population.
-        kernel_size: odd, of the input stage and of the feedback (which keeps the maps' size).
+        kernel_size: of the input stage.
+        feedback_kernel_size: odd, of the feedback, which keeps the maps' size; None: as the input stage.
         stride, padding: of the input stage.
         options: see `NetworkOptions`; an unknown one raises TypeError.
     """
@@ -177,17 +178,20 @@ class SNNIDEConvNet(FeedbackClassifier):
         *,
         channels: int = 64,
         kernel_size: int = 5,
+        feedback_kernel_size: int | None = None,
         stride: int = 2,
         padding: int = 2,
         **options: Any,
     ) -> None:
-        _require_positive(channels=channels, kernel_size=kernel_size, stride=stride)
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd for the feedback to keep the map's size, got {kernel_size}")
+        back = kernel_size if feedback_kernel_size is None else feedback_kernel_size
+        _require_positive(channels=channels, kernel_size=kernel_size, feedback_kernel_size=back, stride=stride)
+        if back % 2 == 0:
+            name = "kernel_size" if feedback_kernel_size is None else "feedback_kernel_size"
+            raise ValueError(f"{name} must be odd for the feedback to keep the map's size, got {back}")
         opts = NetworkOptions(**options)
         stage = opts.connection(_conv(input_shape, channels, kernel_size, stride, padding))
         feedback = opts.feedback(
-            nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, bias=False),
+            nn.Conv2d(channels, channels, back, padding=back // 2, bias=False),
             stage.output_shape(tuple(input_shape))[1:],
         )
         super().__init__(opts.block(stage, (), feedback), input_shape, num_classes, opts.generator)

@@ -28,7 +28,7 @@ from ide_snn.data import Dataset, Normalization, load_image, to_input
 from ide_snn.evaluation import evaluate
 from ide_snn.models import FeedbackClassifier
 from ide_snn.reporting import versions, write_json
-from ide_snn.schemas import Config, EvaluateConfig, PredictConfig
+from ide_snn.schemas import Config, EvaluateConfig, EventDatasetConfig, PredictConfig
 from ide_snn.training import FitResult, fit
 
 __all__ = ["evaluate_checkpoint", "model_from_checkpoint", "predict_image", "train"]
@@ -78,7 +78,7 @@ def train(config: Config, run_dir: Path) -> FitResult:
         return result
     if not new and not result.already_finished:
         _write_record(config, run_dir, device)
-    _write_result(result, config, run_dir)
+    _write_result(result, config, dataset, run_dir)
     return result
 
 
@@ -100,14 +100,19 @@ def _write_record(config: Config, run_dir: Path, device: torch.device) -> None:
     write_json(run_dir / "versions.json", versions(device))
 
 
-def _write_result(result: FitResult, config: Config, run_dir: Path) -> None:
+def _write_result(result: FitResult, config: Config, dataset: Dataset, run_dir: Path) -> None:
     """result.json, unless a finished run has it already."""
     path = run_dir / "result.json"
     if not (result.already_finished and path.exists()):
         content = asdict(result)
         del content["interrupted"], content["already_finished"]
         names = {"experiment": config.name, "dataset": config.dataset.name, "seed": config.seed}
-        write_json(path, {**content, **names})
+        data = {
+            "dataset_title": dataset.title,
+            "train_samples": len(dataset.train),
+            "test_samples": len(dataset.test),
+        }
+        write_json(path, {**content, **names, **data})
     log.info(
         "test accuracy: last %.2f %%, best %.2f %% (epoch %s, chosen on the %s set); see %s",
         100 * (result.test_accuracy_last or 0.0),
@@ -120,13 +125,12 @@ def _write_result(result: FitResult, config: Config, run_dir: Path) -> None:
 
 def _data_section(dataset: Dataset) -> dict[str, Any]:
     """What predictions need to know about the data; plain containers for the checkpoint."""
-    return {
-        "name": dataset.name,
-        "class_names": list(dataset.class_names),
-        "input_scale": dataset.input_scale,
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-    }
+    section = {"name": dataset.name, "title": dataset.title, "class_names": list(dataset.class_names)}
+    normalization = dataset.normalization
+    if normalization is None:
+        return section
+    numbers = {"input_scale": normalization.input_scale, "mean": normalization.mean, "std": normalization.std}
+    return {**section, **{key: list(v) if isinstance(v, tuple) else v for key, v in numbers.items()}}
 
 
 def model_from_checkpoint(
@@ -157,7 +161,8 @@ def evaluate_checkpoint(request: EvaluateConfig) -> dict[str, Any]:
     )
     if request.data_dir is not None:
         config = replace(config, data_dir=request.data_dir)
-    dataset = build_dataset(config)
+    # of event recordings, another time_steps takes more or fewer of the frames that the network was trained on
+    dataset = build_dataset(replace(config, time_steps=checkpoint.config["time_steps"]))
     if request.batch_size is not None:
         trainer = replace(config.trainer, evaluation_batch_size=request.batch_size)
         config = replace(config, trainer=trainer)
@@ -183,6 +188,11 @@ def predict_image(request: PredictConfig) -> dict[str, Any]:
         request.checkpoint, time_steps=request.time_steps, device=request.device
     )
     data = checkpoint.data
+    if isinstance(config.dataset, EventDatasetConfig):
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on event recordings ({config.dataset.name}) and cannot classify an image; "
+            "use evaluate.py"
+        )
     if not data:
         raise CheckpointError(f"{checkpoint.path} does not say what its data were, so images cannot be read")
     channels, height, width = config.dataset.input_shape

@@ -16,15 +16,22 @@ from ide_snn.solvers import SOLVERS
 
 __all__ = [
     "SCHEMAS",
+    "TOOLS",
+    "AnalyzeConfig",
     "Config",
     "ConvModelConfig",
     "DatasetConfig",
     "EvaluateConfig",
+    "EventDatasetConfig",
     "FCModelConfig",
+    "ImageDatasetConfig",
+    "ImageFolderDatasetConfig",
     "ModelConfig",
     "MultiLayerModelConfig",
     "NamedConfig",
     "PredictConfig",
+    "ReportConfig",
+    "ReproduceConfig",
     "TrainerConfig",
     "options",
 ]
@@ -50,21 +57,68 @@ def _mirror(source: type) -> type[NamedConfig]:
     """Schema with the fields of the dataclass `source` and a name; no defaults, the YAML files hold them."""
     hints = get_type_hints(source)
     fields = [(field.name, _plain(hints[field.name])) for field in dataclasses.fields(source)]
-    return dataclasses.make_dataclass(f"{source.__name__}Config", fields, bases=(NamedConfig,), slots=True)
+    name = f"{source.__name__}Config"
+    schema = dataclasses.make_dataclass(
+        name, fields, bases=(NamedConfig,), namespace={"__module__": __name__}, slots=True
+    )
+    globals()[name] = schema  # other processes, the workers of a launcher, find it by its name
+    return schema
 
 
 @dataclass(slots=True)
 class DatasetConfig(NamedConfig):
-    """Which data, how normalised and split; `input_shape` and `num_classes` are checked against the data."""
+    """Which data and how split; `input_shape` and `num_classes` are checked against the data."""
 
     input_shape: list[int]
     num_classes: int
-    mean: list[float]
-    std: list[float]
     validation_size: int
     split_seed: int
     train_limit: int | None
     test_limit: int | None
+
+
+@dataclass(slots=True, kw_only=True)
+class ImageDatasetConfig(DatasetConfig):
+    """Images; `crop_padding` and `flip` change those for training, see `ide_snn.data.Augmentation`.
+
+    Options that came later have a default, so that what was saved before can be read.
+    """
+
+    mean: list[float]
+    std: list[float]
+    crop_padding: int = 0
+    flip: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class DownloadDatasetConfig(ImageDatasetConfig):
+    """Images that `download` fetches where they are missing."""
+
+    download: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class CifarDatasetConfig(DownloadDatasetConfig):
+    cache: str = "auto"
+
+
+@dataclass(slots=True, kw_only=True)
+class ImageFolderDatasetConfig(ImageDatasetConfig):
+    """train/<class>/*, test/<class>/* in a folder or archive; converted to the channels of `input_shape`."""
+
+    path: str
+    image_size: list[int] | None
+    title: str | None
+    cache: str
+
+
+@dataclass(slots=True, kw_only=True)
+class EventDatasetConfig(DatasetConfig):
+    """Event recordings: the top-level `time_steps` frames of equal length over `duration_ms`, `binary` or `counts`."""
+
+    frames: str
+    duration_ms: int
+    cache: str
 
 
 @dataclass(slots=True)
@@ -89,6 +143,7 @@ class ConvModelConfig(ModelConfig):
     kernel_size: int
     stride: int
     padding: int
+    feedback_kernel_size: int | None = None
 
 
 @dataclass(slots=True)
@@ -129,19 +184,19 @@ class CosineScheduleConfig(ScheduleConfig):
     final_factor: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class TrainerConfig:
     """How long and in which portions; `accumulation` batches make one optimiser step."""
 
     epochs: int
     batch_size: int
     evaluation_batch_size: int
-    drop_last: bool
+    drop_last: bool = False
     accumulation: int
     gradient_clip: float | None
     log_every: int
     progress: bool | None
-    threads: int | None
+    threads: int | None = None
     label_smoothing: float = 0.0
 
 
@@ -188,9 +243,69 @@ class PredictConfig:
     device: str
 
 
+@dataclass(slots=True)
+class AnalyzeConfig:
+    """`scripts/analyze.py`; null means: what the comment in `configs/analyze.yaml` says."""
+
+    checkpoint: str
+    time_steps: int | None
+    data_dir: str | None
+    samples: int | None
+    batch_size: int | None
+    neurons: list[int] | None
+    trace_samples: list[int]
+    thresholds: list[float]
+    spectrum_samples: int
+    device: str
+    output: str | None
+
+
+@dataclass(slots=True)
+class ReproduceConfig:
+    """`scripts/reproduce.py`: which experiments with which seeds, and how; see `configs/reproduce.yaml`."""
+
+    experiments: Any  # a list of names and patterns, or all
+    seeds: list[int]
+    overrides: list[str]
+    data_dir: str | None
+    device: str
+    runs: str
+    launcher: str
+    jobs: int
+    threads: int | None
+    launcher_overrides: list[str]
+    dry_run: bool
+    report: str | None
+
+
+@dataclass(slots=True)
+class ReportConfig:
+    """`scripts/report.py`."""
+
+    runs: str
+    output: str
+    figures: bool
+
+
+# script -> its schema; that of train.py is Config
+TOOLS: dict[str, type] = {
+    "evaluate": EvaluateConfig,
+    "predict": PredictConfig,
+    "analyze": AnalyzeConfig,
+    "reproduce": ReproduceConfig,
+    "report": ReportConfig,
+}
 # group -> option that tells its members apart -> member -> schema
 SCHEMAS: dict[str, dict[str, type]] = {
-    "dataset": {"dataset": DatasetConfig},
+    "dataset": {
+        "digits": ImageDatasetConfig,
+        "mnist": DownloadDatasetConfig,
+        "fashion_mnist": DownloadDatasetConfig,
+        "cifar10": CifarDatasetConfig,
+        "cifar100": CifarDatasetConfig,
+        "image_folder": ImageFolderDatasetConfig,
+        "nmnist": EventDatasetConfig,
+    },
     "model": {"fc": FCModelConfig, "conv": ConvModelConfig, "multilayer": MultiLayerModelConfig},
     "neuron": {"neuron": _mirror(NeuronParams)},
     "solver": {name: _mirror(solver) for name, solver in SOLVERS.items()},

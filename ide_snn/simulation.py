@@ -11,23 +11,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ide_snn.layers import Affine, OpaqueAffine, cached_weights
+from ide_snn.layers import cached_weights
 from ide_snn.neurons import NeuronParams, step_
 
-Map = Affine | OpaqueAffine
+Advance = Callable[[Tensor, Tensor, Tensor, NeuronParams], None]
+
+
+class Map(Protocol):
+    """A connection in the simulation, such as `Affine`: spikes -> a new tensor with the response."""
+
+    @property
+    def is_silent_at_zero(self) -> bool:
+        """True where no input spikes means no output."""
+        ...
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Record:
-    """What to keep beside the last population's rate. `spikes` needs memory proportional to T."""
+    """What to keep beside the last population's rate. `spikes` and `membranes` need memory proportional to T.
+
+    `on_step` is called after every time step with what can be seen there, for anything else.
+    """
 
     all_rates: bool = False
     spike_fraction: bool = False
     spikes: bool = False
+    membranes: bool = False
+    on_step: Callable[[Step], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,8 @@ class Rates:
         spike_fraction: spikes per time step of every neuron of every population [B, *] (unweighted mean);
             empty unless recorded.
         spikes: spike trains of every population, bool [T, B, *]; empty unless recorded.
+        membranes: membrane potentials of every population at the end of each step, that is after reset and leak,
+            [T, B, *]; empty unless recorded.
         time_steps: T.
     """
 
@@ -49,6 +68,7 @@ class Rates:
     all: tuple[Tensor, ...] = ()
     spike_fraction: tuple[Tensor, ...] = ()
     spikes: tuple[Tensor, ...] = ()
+    membranes: tuple[Tensor, ...] = ()
 
     @property
     def firing_rate(self) -> Tensor:
@@ -65,18 +85,27 @@ class Rates:
 class _Population:
     """State of one population: membrane, current spikes, and the accumulators that were asked for."""
 
-    def __init__(self, shape: tuple[int, ...], like: Tensor, neuron: NeuronParams, *, rate: bool, count: bool):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        like: Tensor,
+        neuron: NeuronParams,
+        advance: Advance,
+        *,
+        rate: bool,
+        count: bool,
+    ) -> None:
         def zeros() -> Tensor:
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
-        self.neuron = neuron
+        self.neuron, self._advance = neuron, advance
         self.u, self.spikes = zeros(), zeros()
         # For IF both accumulators are the spike count: one is enough.
         self.weighted = zeros() if rate or (count and neuron.leak == 1) else None
         self.count = zeros() if count and neuron.leak != 1 else self.weighted
 
     def advance(self, current: Tensor) -> Tensor:
-        step_(current, self.u, self.spikes, self.neuron)
+        self._advance(current, self.u, self.spikes, self.neuron)
         if self.weighted is not None:
             if self.neuron.leak != 1:
                 self.weighted.mul_(self.neuron.leak)
@@ -84,6 +113,31 @@ class _Population:
         if self.count is not None and self.count is not self.weighted:
             self.count.add_(self.spikes)
         return self.spikes
+
+
+class Step:
+    """The populations at the end of time step t = 1..T.
+
+    The tensors are the simulation's own and change with the next step: clone what is to be kept.
+    """
+
+    def __init__(self, t: int, populations: Sequence[_Population]) -> None:
+        self.t = t
+        self._populations = populations
+
+    @property
+    def spikes(self) -> tuple[Tensor, ...]:
+        """Spikes of this step, 0 or 1, of every population [B, *]."""
+        return tuple(population.spikes for population in self._populations)
+
+    @property
+    def membranes(self) -> tuple[Tensor, ...]:
+        """Membrane potentials after reset and leak, of every population [B, *]."""
+        return tuple(population.u for population in self._populations)
+
+    def last_rate(self) -> Tensor:
+        """Weighted rate a_n[t] [B, *], a new tensor: bit for bit what a simulation of t steps measures as `last`."""
+        return _last_rate(self._populations, self.t)
 
 
 def simulate(
@@ -94,6 +148,7 @@ def simulate(
     neuron: NeuronParams,
     time_steps: int,
     record: Record = Record(),
+    advance: Advance = step_,
 ) -> Rates:
     """Runs the populations for `time_steps` steps from rest.
 
@@ -105,6 +160,8 @@ def simulate(
         neuron: threshold and leak.
         time_steps: T.
         record: what to keep.
+        advance: one step of one population, (current, u, spikes, neuron) -> None, overwriting u and spikes; called
+            for the populations in their order, step by step.
 
     Nothing passed in is modified.
     """
@@ -117,12 +174,14 @@ def simulate(
                 (x.shape[0], *shape),
                 like,
                 neuron,
+                advance,
                 rate=i == last or record.all_rates,
                 count=record.spike_fraction,
             )
             for i, shape in enumerate(shapes)
         ]
         trains: list[list[Tensor]] = [[] for _ in populations]
+        traces: list[list[Tensor]] = [[] for _ in populations]
         for t in range(time_steps):
             if t > 0 and callable(drive):
                 x = drive(t)
@@ -138,12 +197,18 @@ def simulate(
             if record.spikes:
                 for train, population in zip(trains, populations, strict=True):
                     train.append(population.spikes.bool())
-    return _measure(populations, trains, neuron, time_steps, record)
+            if record.membranes:
+                for trace, population in zip(traces, populations, strict=True):
+                    trace.append(population.u.clone())
+            if record.on_step is not None:
+                record.on_step(Step(t + 1, populations))
+    return _measure(populations, trains, traces, neuron, time_steps, record)
 
 
 def _measure(
     populations: list[_Population],
     trains: list[list[Tensor]],
+    traces: list[list[Tensor]],
     neuron: NeuronParams,
     time_steps: int,
     record: Record,
@@ -154,13 +219,21 @@ def _measure(
         assert accumulator is not None  # allocated for what is recorded
         return accumulator / whole
 
-    # A membrane that is NaN never fires, which would look like silence: the whole sample's rates become NaN instead.
-    poison = torch.stack([(p.u * 0).flatten(1).sum(1) for p in populations]).sum(0)
-    last = share(populations[-1].weighted, total)
     return Rates(
-        last=last + poison.view(-1, *(1,) * (last.dim() - 1)),
+        last=_last_rate(populations, time_steps),
         time_steps=time_steps,
         all=tuple(share(p.weighted, total) for p in populations) if record.all_rates else (),
         spike_fraction=(tuple(share(p.count, time_steps) for p in populations) if record.spike_fraction else ()),
         spikes=tuple(torch.stack(train) for train in trains) if record.spikes else (),
+        membranes=tuple(torch.stack(trace) for trace in traces) if record.membranes else (),
     )
+
+
+def _last_rate(populations: Sequence[_Population], time_steps: int) -> Tensor:
+    """The last population's weighted rate after `time_steps` steps."""
+    # A membrane that is NaN never fires, which would look like silence: the whole sample's rates become NaN instead.
+    poison = torch.stack([(p.u * 0).flatten(1).sum(1) for p in populations]).sum(0)
+    last = populations[-1]
+    assert last.weighted is not None  # the rate that every simulation measures
+    rate = last.weighted / last.neuron.total_weight(time_steps)
+    return rate + poison.view(-1, *(1,) * (rate.dim() - 1))

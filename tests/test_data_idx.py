@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ide_snn.data import DataError, load_dataset, mnist
+from ide_snn.data import DataError, Normalization, load_dataset, mnist
 from ide_snn.data.idx import read_idx
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
@@ -188,7 +188,7 @@ def test_torchvision_layout(
     assert dataset.test.labels.tolist() == list(range(10))
     expected = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
     assert np.array_equal(dataset.train.images.numpy()[:, 0], expected)
-    assert (dataset.mean, dataset.std, dataset.input_scale) == ((0.1307,), (0.3081,), 255.0)
+    assert dataset.normalization == Normalization(255.0, (0.1307,), (0.3081,))
     assert dataset.class_names[9] == ("9" if name == "mnist" else "Ankle boot")
 
 

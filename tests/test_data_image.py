@@ -85,7 +85,7 @@ def test_digits_survive_the_way_through_an_8_bit_image(tmp_path: Path) -> None:
         stored = digits.test.images[i]
         array = np.rint(stored[0].numpy() * 255.0 / 16).astype(np.uint8)
         path = save(tmp_path / "digit.png", array)
-        loaded = load(path, digits.input_shape, input_scale=digits.input_scale)
+        loaded = load(path, digits.input_shape, input_scale=digits.normalization.input_scale)
         assert torch.equal(loaded.image[0], stored)
 
 

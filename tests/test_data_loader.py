@@ -109,7 +109,9 @@ def test_inputs_are_the_normalised_images_of_their_labels(dtype: torch.dtype) ->
     digits = load_dataset("digits")
     loader = DeviceLoader(digits.test, batch_size=50, normalization=digits.normalization, shuffle=False, dtype=dtype)
     inputs, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
-    scale, mean, std = (torch.tensor(v, dtype=dtype) for v in (16.0, digits.mean[0], digits.std[0]))
+    scale, mean, std = (
+        torch.tensor(v, dtype=dtype) for v in (16.0, digits.normalization.mean[0], digits.normalization.std[0])
+    )
     assert inputs.dtype == dtype
     assert torch.equal(inputs, (digits.test.images.to(dtype) / scale - mean) / std)
     assert torch.equal(labels, digits.test.labels)
@@ -139,7 +141,7 @@ class LargestResult(TorchDispatchMode):
 def test_the_data_are_neither_copied_nor_converted_as_a_whole() -> None:
     split = Split(torch.zeros(2000, 1, 28, 28, dtype=torch.uint8), torch.zeros(2000, dtype=torch.int64))
     loader = DeviceLoader(split, batch_size=10, normalization=NORMALIZATION, shuffle=True)
-    assert loader.images.data_ptr() == split.images.data_ptr()
+    assert loader.split.images.data_ptr() == split.images.data_ptr()
     with LargestResult() as largest:
         list(loader.epoch(0))
     batch = 10 * 28 * 28 * 4
@@ -154,7 +156,7 @@ def test_changing_a_batch_in_place_does_not_change_the_data(shuffle: bool) -> No
         inputs.fill_(-1)
         labels.fill_(-1)
     assert order(loader.epoch(0)) == served
-    assert int(loader.images.sum()) == sum(range(23))
+    assert int(loader.split.images.sum()) == sum(range(23))
 
 
 def test_arguments_that_leave_nothing_to_serve_are_refused() -> None:

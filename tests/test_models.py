@@ -86,3 +86,11 @@ def test_learns_a_batch(make, leak: float, with_time: bool) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert min(losses[-3:]) < 0.4 * losses[0]
+
+
+def test_the_feedback_may_have_a_kernel_of_its_own() -> None:
+    net = SNNIDEConvNet((1, 8, 8), 3, channels=2, kernel_size=3, padding=1, feedback_kernel_size=5)
+    assert net.block.input.op.weight.shape[2:] == (3, 3)
+    assert net.block.feedback.op.weight.shape[2:] == (5, 5)
+    with pytest.raises(ValueError, match="feedback_kernel_size must be odd"):
+        SNNIDEConvNet((1, 8, 8), 3, feedback_kernel_size=4)

@@ -7,10 +7,12 @@ for inputs, labels in loader.epoch(0):
 """
 
 from ide_snn.data.augment import Augmentation
-from ide_snn.data.base import DataError, Dataset, Normalization, Split, to_input
+from ide_snn.data.base import Dataset, Normalization, to_input
 from ide_snn.data.image import LoadedImage, load_image
 from ide_snn.data.loader import DeviceLoader
 from ide_snn.data.registry import DATASETS, load_dataset
+from ide_snn.data.splits import EventSplit, Split
+from ide_snn.files import DataError
 
 __all__ = [
     "DATASETS",
@@ -18,6 +20,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "DeviceLoader",
+    "EventSplit",
     "LoadedImage",
     "Normalization",
     "Split",

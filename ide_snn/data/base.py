@@ -1,53 +1,16 @@
-"""What a data set is: uint8 images with labels, and the rule that turns them into network input."""
+"""What a data set is: images or event frames with labels, and the rule that turns images into network input."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ide_snn.data.splits import EventSplit, Split, describe
+from ide_snn.files import DataError
 
-class DataError(ValueError):
-    """A problem with a data file or with the choice of a data set."""
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """One part of a data set: `images` uint8 [N, C, H, W] and `labels` int64 [N].
-
-    Raises:
-        DataError: a dtype or shape differs from that.
-    """
-
-    images: Tensor
-    labels: Tensor
-
-    def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise DataError(f"images must be uint8 [N, C, H, W], got {_describe(self.images)}")
-        if self.labels.dtype != torch.int64 or self.labels.ndim != 1:
-            raise DataError(f"labels must be int64 [N], got {_describe(self.labels)}")
-        if len(self.images) != len(self.labels):
-            raise DataError(f"there are {len(self.images)} images but {len(self.labels)} labels")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def subset(self, indices: Tensor | Sequence[int]) -> "Split":
-        """A copy of the images at `indices` (integers, in this order; repeats are allowed).
-
-        Raises:
-            DataError: `indices` are not integers.
-            IndexError: an index is out of range.
-        """
-        index = torch.as_tensor(indices, device=self.labels.device)
-        if index.numel() == 0:
-            index = index.long()
-        elif index.is_floating_point() or index.dtype == torch.bool:
-            raise DataError(f"subset takes integer indices, got {index.dtype}; use mask.nonzero() for a mask")
-        return Split(self.images[index.long()], self.labels[index.long()])
+__all__ = ["DataError", "Dataset", "EventSplit", "Normalization", "NormalizationConstants", "Split", "to_input"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +79,7 @@ def to_input(images: Tensor, normalization: Normalization, *, dtype: torch.dtype
     """
     channels = len(normalization.mean)
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != channels:
-        raise DataError(f"expected uint8 images [B, {channels}, H, W], got {_describe(images)}")
+        raise DataError(f"expected uint8 images [B, {channels}, H, W], got {describe(images)}")
     return normalization.constants(images.device, dtype).apply(images)
 
 
@@ -126,60 +89,53 @@ class Dataset:
 
     Attributes:
         name: its name in `DATASETS`.
+        title: what it is called in reports; says so where the data are a part of, or a stand-in for, a known set.
         train, test: the two parts; `validation` is taken from the training part, or None.
         num_classes: labels lie in [0, num_classes).
         class_names: one per class.
-        input_scale: the stored value that means 1.0 (255 for 8-bit images, 16 for digits).
-        mean, std: per channel, in units after the division by `input_scale`.
+        normalization: turns stored images into network input; None for events, which are the input as they are.
 
     Raises:
         DataError: the parts do not fit together.
     """
 
     name: str
-    train: Split
-    test: Split
-    validation: Split | None
+    title: str
+    train: Split | EventSplit
+    test: Split | EventSplit
+    validation: Split | EventSplit | None
     num_classes: int
     class_names: tuple[str, ...]
-    input_scale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    normalization: Normalization | None
 
     def __post_init__(self) -> None:
         if len(self.class_names) != self.num_classes:
             raise DataError(f"{self.name}: {len(self.class_names)} names for {self.num_classes} classes")
-        channels = self.input_shape[0]
-        if len(self.normalization.mean) != channels:
+        channels, normalization = self.input_shape[0], self.normalization
+        if (normalization is None) != isinstance(self.train, EventSplit):
+            raise DataError(f"{self.name}: images need a normalization, events have none")
+        if normalization is not None and len(normalization.mean) != channels:
             raise DataError(
-                f"{self.name}: mean and std need {channels} value(s), one per channel, got {self.mean} and {self.std}"
+                f"{self.name}: mean and std need {channels} value(s), one per channel, "
+                f"got {normalization.mean} and {normalization.std}"
             )
         parts = {"train": self.train, "test": self.test, "validation": self.validation}
         for part, split in parts.items():
             if split is not None:
                 self._check_split(part, split)
 
-    def _check_split(self, part: str, split: Split) -> None:
+    def _check_split(self, part: str, split: Split | EventSplit) -> None:
+        if type(split) is not type(self.train):
+            raise DataError(f"{self.name}: the {part} split is of another kind than the training split")
         if len(split) == 0:
             raise DataError(f"{self.name}: the {part} split is empty")
-        shape = tuple(split.images.shape[1:])
-        if shape != self.input_shape:
-            raise DataError(f"{self.name}: {part} images are {shape}, training images {self.input_shape}")
+        if split.input_shape != self.input_shape:
+            raise DataError(f"{self.name}: {part} images are {split.input_shape}, training images {self.input_shape}")
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= self.num_classes:
             raise DataError(f"{self.name}: {part} labels must lie in 0..{self.num_classes - 1}, found {low}..{high}")
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
-
-    @property
-    def normalization(self) -> Normalization:
-        """What `to_input` and `DeviceLoader` need to turn the stored values into network input."""
-        return Normalization(self.input_scale, self.mean, self.std)
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        """(C, H, W) of one image or frame."""
+        return self.train.input_shape

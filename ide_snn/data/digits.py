@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ide_snn.data.base import Dataset, Split
+from ide_snn.data.base import Dataset, Normalization, Split
 
 INPUT_SCALE = 16.0
 
@@ -32,12 +32,11 @@ def load_digits(data_dir: Path | None) -> Dataset:  # noqa: ARG001 - all loaders
     )
     return Dataset(
         name="digits",
+        title="digits",
         train=whole.subset(torch.from_numpy(train_index)),
         test=whole.subset(torch.from_numpy(test_index)),
         validation=None,
         num_classes=10,
         class_names=tuple(str(digit) for digit in range(10)),
-        input_scale=INPUT_SCALE,
-        mean=(MEAN,),
-        std=(STD,),
+        normalization=Normalization(INPUT_SCALE, (MEAN,), (STD,)),
     )

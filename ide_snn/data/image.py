@@ -1,14 +1,17 @@
-"""One image file as input of a trained network."""
+"""Image files: decoding, and one file as input of a trained network."""
+
+from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ide_snn.data.base import DataError
+from ide_snn.files import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,7 +48,7 @@ def load_image(
     Args:
         path: the file.
         dataset_shape: `dataset.input_shape`, (C, H, W).
-        input_scale: `dataset.input_scale`; at most 255.
+        input_scale: `dataset.normalization.input_scale`; at most 255.
         invert: swap dark and bright; the digits of MNIST are bright on dark, scans are mostly dark on bright.
 
     Raises:
@@ -54,16 +57,12 @@ def load_image(
         ImportError: Pillow is not installed.
     """
     channels, height, width = dataset_shape
-    if channels not in _MODES:
-        raise DataError(f"an image file can be read for 1 or 3 channels, not for {channels}")
     if not (math.isfinite(input_scale) and 0 < input_scale <= 255):
         raise DataError(f"input_scale must lie in (0, 255], got {input_scale}")
-    picture = _read(Path(path), _MODES[channels])
+    picture = read_picture(Path(path), str(path), channels)
     original_size = (picture.height, picture.width)
     resized = original_size != (height, width)
-    if resized:
-        picture = picture.resize((width, height), resample=_pillow().Resampling.BILINEAR)
-    pixels = np.asarray(picture, dtype=np.float64).reshape(height, width, channels).transpose(2, 0, 1)
+    pixels = fit_pixels(picture, height, width).astype(np.float64)
     if invert:
         pixels = 255 - pixels
     scaled = np.rint(pixels * (input_scale / 255)).astype(np.uint8)
@@ -78,29 +77,42 @@ def _pillow() -> Any:
     return Image
 
 
-def _read(path: Path, mode: str) -> "Image":
-    """Decode the whole file, upright, in `mode`."""
+def read_picture(file: Path | BinaryIO, name: str, channels: int) -> Image:
+    """Decode a whole image, upright, in grey (1 channel) or RGB (3); `name` is for messages.
+
+    Raises:
+        DataError, ImportError: as `load_image`.
+    """
+    if channels not in _MODES:
+        raise DataError(f"an image file can be read for 1 or 3 channels, not for {channels}")
     pillow = _pillow()
     from PIL import ImageOps
 
     try:
-        with pillow.open(path, formats=_FORMATS) as file:
-            _refuse_ambiguous(path, file)
-            return ImageOps.exif_transpose(file).convert(mode)
+        with pillow.open(file, formats=_FORMATS) as picture:
+            _refuse_ambiguous(name, picture)
+            return ImageOps.exif_transpose(picture).convert(_MODES[channels])
     except DataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(f"there is no image file {path}") from error
+        raise DataError(f"there is no image file {name}") from error
     except pillow.UnidentifiedImageError as error:
-        raise DataError(f"{path} is not an image file of a known kind ({', '.join(_FORMATS)})") from error
+        raise DataError(f"{name} is not an image file of a known kind ({', '.join(_FORMATS)})") from error
     # for damaged files Pillow's decoders raise nearly anything: KeyError, TypeError, struct.error have been seen
     except Exception as error:
-        raise DataError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+        raise DataError(f"{name} cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
-def _refuse_ambiguous(path: Path, file: "Image") -> None:
+def fit_pixels(picture: Image, height: int, width: int) -> NDArray[np.uint8]:
+    """uint8 [C, H, W], resized (bilinear, without keeping the aspect ratio) where the size differs."""
+    if (picture.height, picture.width) != (height, width):
+        picture = picture.resize((width, height), resample=_pillow().Resampling.BILINEAR)
+    return np.asarray(picture).reshape(height, width, -1).transpose(2, 0, 1)
+
+
+def _refuse_ambiguous(name: str, file: Image) -> None:
     if file.mode.startswith(("I", "F")):
-        raise DataError(f"{path} has more than 8 bits per channel (mode {file.mode}); save it with 8 bits")
+        raise DataError(f"{name} has more than 8 bits per channel (mode {file.mode}); save it with 8 bits")
     has_alpha = "A" in file.getbands() or "transparency" in file.info
     if has_alpha and np.asarray(file.convert("RGBA"))[..., 3].min() < 255:
-        raise DataError(f"{path} has transparent pixels; flatten it onto a background colour first")
+        raise DataError(f"{name} has transparent pixels; flatten it onto a background colour first")

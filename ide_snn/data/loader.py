@@ -1,5 +1,7 @@
 """Batches from a data set that lies on the device."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,21 +9,25 @@ import torch
 from torch import Tensor
 
 from ide_snn.data.augment import Augmentation
-from ide_snn.data.base import Normalization, Split
+from ide_snn.data.base import Normalization
+from ide_snn.data.splits import EventSplit, Split
 
 
 class DeviceLoader:
-    """Serves batches (inputs [B, C, H, W], labels [B]) of a split that stays on `device` as uint8.
+    """Serves batches (inputs, labels [B]) of a split that stays on `device` as uint8.
 
-    A batch costs one gather and one normalisation there; there is no per-sample Python and no worker process.
+    Inputs are normalised images [B, C, H, W] in `dtype`, or event frames [T, B, C, H, W], which are bool (counts:
+    uint8) and become floating point in the network only.
+    A batch costs one gather and one conversion there; there is no per-sample Python and no worker process.
     The order of an epoch is a pure function of (seed, epoch), the same on every device, so there is no state
     to save: a run that stopped after k batches of an epoch goes on with `epoch(epoch, start=k)`.
 
     Args:
         split: what to serve; moved to `device` once (not copied when it is there already).
         batch_size: samples per batch; the last batch of an epoch may be smaller.
-        normalization: usually `dataset.normalization`.
-        augmentation: random changes of the images, drawn from (seed, epoch) as the order is.
+        normalization: usually `dataset.normalization`; None for events.
+        augmentation: random changes of the images, drawn from (seed, epoch) as the order is; not for events.
+        time_steps: for events, serve only the first frames; default: all.
         device: where the data lie and the batches appear.
         shuffle: a new random order in each epoch, otherwise the order of the split.
         seed: of the random orders.
@@ -34,11 +40,12 @@ class DeviceLoader:
 
     def __init__(
         self,
-        split: Split,
+        split: Split | EventSplit,
         *,
         batch_size: int,
-        normalization: Normalization,
+        normalization: Normalization | None,
         augmentation: Augmentation = Augmentation(),
+        time_steps: int | None = None,
         device: str | torch.device = "cpu",
         shuffle: bool,
         seed: int = 0,
@@ -55,17 +62,16 @@ class DeviceLoader:
             raise ValueError(
                 f"drop_last leaves no batch: batch_size is {batch_size}, the split has {len(split)} samples"
             )
-        channels = split.images.shape[1]
-        if len(normalization.mean) != channels:
-            raise ValueError(f"the images have {channels} channel(s), the normalization {len(normalization.mean)}")
-        self.images = split.images.to(device)
-        self.labels = split.labels.to(device)
+        _check_kind(split, normalization, augmentation, time_steps)
+        self.split = split.to(device)
+        self.labels = self.split.labels
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
         self.drop_last = drop_last
         self.augmentation = augmentation
-        self._constants = normalization.constants(self.images.device, dtype)
+        self.time_steps = time_steps
+        self._constants = None if normalization is None else normalization.constants(self.labels.device, dtype)
 
     @property
     def samples(self) -> int:
@@ -94,7 +100,7 @@ class DeviceLoader:
         return self._batches(epoch, start)
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        device, skipped = self.images.device, start * self.batch_size
+        device, skipped = self.labels.device, start * self.batch_size
         order = self._order(epoch)[skipped : self.samples].to(device)
         augment = self.augmentation if self.augmentation.changes else None
         choices = None if augment is None else augment.draw(self.samples, self.seed, epoch)[skipped:].to(device)
@@ -102,10 +108,16 @@ class DeviceLoader:
         for first in range(0, len(order), self.batch_size):
             portion = slice(first, first + self.batch_size)
             index = order[portion]
-            images = self.images.index_select(0, index)
-            if augment is not None and choices is not None:
-                images = augment.apply(images, choices[portion])
-            yield self._constants.apply(images), self.labels.index_select(0, index)
+            yield self._inputs(index, None if choices is None else choices[portion]), self.labels.index_select(0, index)
+
+    def _inputs(self, index: Tensor, choices: Tensor | None) -> Tensor:
+        if isinstance(self.split, EventSplit):
+            return self.split.batch(index, self.time_steps)
+        images = self.split.images.index_select(0, index)
+        if choices is not None:
+            images = self.augmentation.apply(images, choices)
+        assert self._constants is not None  # see _check_kind
+        return self._constants.apply(images)
 
     def _order(self, epoch: int) -> Tensor:
         """Order of the samples in `epoch`: int64 [N] on the CPU."""
@@ -114,3 +126,25 @@ class DeviceLoader:
         # hashed together: seed + epoch would give run 1 the orders of run 0, one epoch later
         mixed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0])
         return torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(mixed))
+
+
+def _check_kind(
+    split: Split | EventSplit, normalization: Normalization | None, augmentation: Augmentation, time_steps: int | None
+) -> None:
+    """Images are normalised and may be augmented, events may be cut in time."""
+    if isinstance(split, EventSplit):
+        if normalization is not None or augmentation.changes:
+            raise ValueError("events are served as they are: normalization must be None, and no augmentation")
+        if time_steps is not None and not 1 <= time_steps <= split.time_steps:
+            raise ValueError(
+                f"the recordings have {split.time_steps} frames, so time_steps must lie in 1..{split.time_steps}; "
+                f"got {time_steps}"
+            )
+        return
+    if normalization is None:
+        raise ValueError("images need a normalization, usually dataset.normalization")
+    if time_steps is not None:
+        raise ValueError(f"images have no time, so time_steps must be None, got {time_steps}")
+    channels = split.input_shape[0]
+    if len(normalization.mean) != channels:
+        raise ValueError(f"the images have {channels} channel(s), the normalization {len(normalization.mean)}")

@@ -8,8 +8,11 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from ide_snn.data.base import DataError, Dataset, Split
+from ide_snn.data.base import Dataset, Normalization
+from ide_snn.data.download import Remote
 from ide_snn.data.idx import read_idx
+from ide_snn.data.splits import Split
+from ide_snn.files import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class _Source:
     torchvision_name: str
     download_page: str
     class_names: tuple[str, ...]
+    remote: Remote
 
 
 _MNIST = _Source(
@@ -56,6 +60,19 @@ _MNIST = _Source(
     torchvision_name="MNIST",
     download_page="Yann LeCun's page 'The MNIST database of handwritten digits'",
     class_names=tuple(str(digit) for digit in range(NUM_CLASSES)),
+    remote=Remote(
+        title="MNIST",
+        md5={
+            "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+            "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+            "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+        },
+        mirrors=(
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        ),
+    ),
 )
 _FASHION_MNIST = _Source(
     name="fashion_mnist",
@@ -63,43 +80,73 @@ _FASHION_MNIST = _Source(
     torchvision_name="FashionMNIST",
     download_page="Zalando Research's repository 'fashion-mnist' on GitHub (folder data/fashion)",
     class_names=FASHION_CLASSES,
+    remote=Remote(
+        title="Fashion-MNIST",
+        md5={
+            "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+            "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+            "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+        },
+        mirrors=(
+            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        ),
+    ),
 )
 
 
-def load_mnist(data_dir: Path | None) -> Dataset:
+def load_mnist(data_dir: Path | None, *, download: bool = False) -> Dataset:
     """MNIST: 60,000 + 10,000 handwritten digits [1, 28, 28] from <data_dir>/MNIST/raw.
 
+    With `download`, files that are missing are fetched.
+
     Raises:
-        DataError: the files are missing or damaged.
+        DataError: the files are missing, damaged or cannot be downloaded.
+        ImportError: `download` without pooch.
     """
-    return _load(_MNIST, data_dir, system_folder=None)
+    return _load(_MNIST, data_dir, download, system_folder=None)
 
 
-def load_fashion_mnist(data_dir: Path | None) -> Dataset:
+def load_fashion_mnist(data_dir: Path | None, *, download: bool = False) -> Dataset:
     """Fashion-MNIST: 60,000 + 10,000 articles of clothing [1, 28, 28] from <data_dir>/FashionMNIST/raw.
 
     Where that folder holds none of the four files, Debian's package is used; the log says which it was.
 
+    With `download`, files that are missing are fetched.
+
     Raises:
-        DataError: the files are missing or damaged.
+        DataError: the files are missing, damaged or cannot be downloaded.
+        ImportError: `download` without pooch.
     """
-    return _load(_FASHION_MNIST, data_dir, system_folder=DEBIAN_FASHION_MNIST)
+    return _load(_FASHION_MNIST, data_dir, download, system_folder=DEBIAN_FASHION_MNIST)
 
 
-def _load(source: _Source, data_dir: Path | None, system_folder: Path | None) -> Dataset:
+def _load(source: _Source, data_dir: Path | None, download: bool, system_folder: Path | None) -> Dataset:
+    if download and data_dir is not None:
+        _download(source, data_dir.expanduser(), system_folder)
     folder = _find_folder(source, data_dir, system_folder)
     logger.info("%s: read from %s", source.title, folder)
     return Dataset(
         name=source.name,
+        title=source.title,
         train=_read_split(folder, *FILES["train"]),
         test=_read_split(folder, *FILES["test"]),
         validation=None,
         num_classes=NUM_CLASSES,
         class_names=source.class_names,
-        input_scale=255.0,
-        mean=(MEAN,),
-        std=(STD,),
+        normalization=Normalization(255.0, (MEAN,), (STD,)),
     )
+
+
+def _download(source: _Source, data_dir: Path, system_folder: Path | None) -> None:
+    """Fetch the files that <data_dir> lacks, unless the data are complete in the system's folder."""
+    folder = data_dir / source.torchvision_name / "raw"
+    names = [name for pair in FILES.values() for name in pair]
+    missing = [f"{name}.gz" for name in names if _find_file(folder, name) is None]
+    if len(missing) == len(names) and system_folder is not None:
+        missing = missing if any(_find_file(system_folder, name) is None for name in names) else []
+    source.remote.fetch(missing, folder)
 
 
 def _find_folder(source: _Source, data_dir: Path | None, system_folder: Path | None) -> Path:
@@ -136,7 +183,8 @@ def _with_gz(names: list[str]) -> str:
 
 def _how_to_get(source: _Source) -> str:
     ways = [
-        f"torchvision's datasets.{source.torchvision_name}(data_dir, download=True) writes this layout",
+        "dataset.download=true fetches it into data_dir",
+        f"or torchvision's datasets.{source.torchvision_name}(data_dir, download=True) writes this layout",
         f"or put the four files of {source.download_page} into <data_dir>/{source.torchvision_name}/raw",
     ]
     if source is _FASHION_MNIST:
