@@ -69,6 +69,7 @@ def train(config: Config, run_dir: Path) -> FitResult:
         run_dir=run_dir,
         resume=config.resume == "auto",
         config=config_to_dict(config),
+        upgrade=lambda saved: config_to_dict(config_from_dict(saved)),
         data=_data_section(dataset),
         log_every=config.trainer.log_every,
         progress=config.trainer.progress,

@@ -16,7 +16,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,15 @@ __all__ = ["Batches", "Evaluation", "FitResult", "NonFiniteLossError", "evaluate
 log = logging.getLogger(__name__)
 
 # Options that may change when a run is resumed: they do not change what is computed.
-CHANGEABLE = ("resume", "device", "data_dir", "trainer.progress", "trainer.log_every")
+CHANGEABLE = (
+    "resume",
+    "device",
+    "data_dir",
+    "dataset.cache",
+    "dataset.download",
+    "trainer.progress",
+    "trainer.log_every",
+)
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -68,6 +76,7 @@ def fit(
     run_dir: str | Path | None = None,
     resume: bool = False,
     config: Mapping[str, Any] | None = None,
+    upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     data: Mapping[str, Any] | None = None,
     log_every: int = 50,
     progress: bool | None = True,
@@ -89,6 +98,7 @@ def fit(
         resume: continue checkpoints/last.pt of `run_dir` if there is one.
         config: saved in the checkpoints; a resumed run must have the same one, except for what does not
             change the computation (and `trainer.epochs`, which may grow if the schedule does not depend on it).
+        upgrade: brings a saved config of an older version into the present form before it is compared.
         data: what else should be known about the data, saved in the checkpoints; plain containers.
         log_every: optimiser steps between looks at the running loss, each of which waits for the device.
         progress: show bars; None means only on a terminal.
@@ -124,6 +134,7 @@ def fit(
         label_smoothing=label_smoothing,
         run_dir=None if run_dir is None else Path(run_dir),
         config=config or {},
+        upgrade=upgrade,
         data=data or {},
         log_every=log_every,
         show=progress,
@@ -147,6 +158,7 @@ class _Run:
     label_smoothing: float
     run_dir: Path | None
     config: Mapping[str, Any]
+    upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     data: Mapping[str, Any]
     log_every: int
     show: bool | None
@@ -364,10 +376,11 @@ class _Run:
 
     def _refuse_changes(self, checkpoint: Checkpoint) -> None:
         ignore: tuple[str, ...] = CHANGEABLE
-        longer = bool(checkpoint.config) and self.epochs >= checkpoint.config["trainer"]["epochs"] > 0
+        saved = self.upgrade(checkpoint.config) if checkpoint.config else {}
+        longer = bool(saved) and self.epochs >= saved["trainer"]["epochs"] > 0
         if longer and not self.schedule.depends_on_epochs:
             ignore = (*ignore, "trainer.epochs")
-        changes = config_differences(checkpoint.config, self.config, ignore=ignore)
+        changes = config_differences(saved, self.config, ignore=ignore)
         if changes:
             raise CheckpointError(
                 f"{checkpoint.path} belongs to a run with another configuration, so it cannot be resumed: "

@@ -146,6 +146,17 @@ def test_damage_is_seen_and_repaired(tmp_path_factory: pytest.TempPathFactory, d
     assert source.decoded in (1, 2)  # it was written again
 
 
+def test_a_damaged_shape_does_not_cut_the_data(source: Source) -> None:
+    source.path.write_bytes(bytes(10_000))
+    cache = Cache("auto", source.path.parent)
+    source.load(cache)
+    (file,) = (source.path.parent / ".ide_snn_cache").iterdir()
+    whole = file.read_bytes()
+    assert whole.count(b"(10000,)") == 1
+    file.write_bytes(whole.replace(b"(10000,)", b"(1000, )"))
+    assert source.load(cache)["bytes"].shape == (10_000,)
+
+
 def test_damage_is_logged_and_nothing_half_written_stays(source: Source, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache("auto", source.path.parent)
     source.load(cache)

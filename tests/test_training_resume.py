@@ -277,6 +277,19 @@ def test_what_does_not_change_the_weights_may_change(
         assert_same(final_state(tmp_path), reference)
 
 
+def test_a_run_of_a_version_with_fewer_options_can_be_resumed(
+    tmp_path: Path, reference: dict[str, Any], at_batch: Callable[[int, Callable[[], None]], None]
+) -> None:
+    at_batch(10, terminate)
+    train(tiny(), tmp_path)
+    path = tmp_path / "checkpoints" / "last.pt"
+    content = torch.load(path, weights_only=True)
+    del content["config"]["trainer"]["label_smoothing"], content["config"]["dataset"]["flip"]
+    torch.save(content, path)
+    train(tiny("resume=auto"), tmp_path)
+    assert_same(final_state(tmp_path), reference)
+
+
 def test_a_run_can_be_made_longer_if_the_schedule_allows_it(tmp_path: Path) -> None:
     train(tiny("schedule=step", "trainer.epochs=3"), tmp_path / "whole")
     train(tiny("schedule=step", "trainer.epochs=1"), tmp_path / "parts")

@@ -67,7 +67,7 @@ def load_dataset(
         raise DataError(f"there is no data set {name!r}; choose one of {', '.join(DATASETS)}{hint}")
     load = DATASETS[name]
     _check_options(name, load, options)
-    dataset = load(None if data_dir is None else Path(data_dir), **options)
+    dataset = load(None if data_dir is None else Path(data_dir).expanduser(), **options)
     normalization = _replaced(dataset, mean, std)
     train, validation = dataset.train, None
     if validation_size != 0:
