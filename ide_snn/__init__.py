@@ -5,6 +5,7 @@ State", NeurIPS 2021 (arXiv 2109.14247).
 """
 
 from ide_snn.block import FeedbackSNN
+from ide_snn.bptt import Bptt
 from ide_snn.implicit import Implicit, Unrolled
 from ide_snn.layers import Connection
 from ide_snn.models import SNNIDEConvMultiLayerNet, SNNIDEConvNet, SNNIDEFCNet
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Anderson",
+    "Bptt",
     "Broyden",
     "Connection",
     "FeedbackSNN",

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ide_snn.bptt import Bptt, Frames, through_time
 from ide_snn.equilibrium import EquilibriumMap
 from ide_snn.implicit import GRADIENTS, Gradient, Implicit, SolveHook, attach_gradient
 from ide_snn.layers import Connection, FixedConnection
-from ide_snn.neurons import NeuronParams, time_average
+from ide_snn.neurons import NeuronParams, step_, time_average
 from ide_snn.simulation import Rates, Record, simulate
 from ide_snn.solvers import SOLVERS, Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
 
@@ -25,7 +26,8 @@ class FeedbackSNN(nn.Module):
     """A feedback spiking network: input stage, n >= 1 populations, feedback from the last to the first.
 
     Its value is the firing rate a_n[T] of the last population after T simulated steps; its gradient is that of
-    the equilibrium a_n = f(a_n) (`ide_snn.implicit`). It holds no state between calls.
+    the equilibrium a_n = f(a_n) (`ide_snn.implicit`), or that of the simulated steps (`ide_snn.bptt`). It holds no
+    state between calls.
 
     Args:
         input: input stage, a `Connection` or a module that is wrapped into one.
@@ -34,11 +36,12 @@ class FeedbackSNN(nn.Module):
         neuron: threshold and leak of all populations.
         time_steps: T >= 1.
         solver: for the implicit linear system.
-        gradient: `Implicit` or `Unrolled`.
+        gradient: `Implicit`, `Unrolled` or `Bptt`.
         input_has_time: inputs are [T, B, *] (spikes, frames) instead of a constant [B, *].
         check_input: refuse NaN and infinity in the input; costs one synchronisation per forward on a GPU.
 
-    Shapes: x [B, *] or [T, B, *] -> rates [B, *shape of the last population].
+    Shapes: x [B, *] or [T, B, *] -> rates [B, *shape of the last population]; with `Bptt(output="spikes")` its spikes
+    [T, B, *].
 
     Raises:
         ValueError: for time_steps < 1, and in forward for inputs or connections that do not fit.
@@ -53,13 +56,13 @@ class FeedbackSNN(nn.Module):
         neuron: NeuronParams = NeuronParams(),
         time_steps: int = 30,
         solver: Solver = Gmres(),
-        gradient: Gradient = Implicit(),
+        gradient: Gradient | Bptt = Implicit(),
         input_has_time: bool = False,
         check_input: bool = True,
     ) -> None:
         super().__init__()
         _require_kind("solver", solver, tuple(SOLVERS.values()))
-        _require_kind("gradient", gradient, tuple(GRADIENTS.values()))
+        _require_kind("gradient", gradient, (*GRADIENTS.values(), Bptt))
         _require_kind("neuron", neuron, (NeuronParams,))
         self.input = _as_connection(input)
         self.layers = nn.ModuleList(_as_connection(layer) for layer in layers)
@@ -87,10 +90,14 @@ class FeedbackSNN(nn.Module):
     def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Rates of the last population [B, *]; `generator` is for the dropout masks."""
         moment = self._prepare(x, generator)
-        rates = moment.simulate(Record(spike_fraction=bool(self._simulation_hooks)))
+        record, value = Record(spike_fraction=bool(self._simulation_hooks)), None
+        if isinstance(self.gradient, Bptt):
+            rates, value = moment.through_time(self.gradient, record)
+        else:
+            rates = moment.simulate(record)
         for hook in self._simulation_hooks.values():
             hook(rates)
-        return self._attach(rates.last, moment.map)
+        return self._attach(rates.last, moment.map) if value is None else value
 
     def simulate(
         self,
@@ -102,7 +109,7 @@ class FeedbackSNN(nn.Module):
         """The simulation alone, with what `record` asks for and without a gradient.
 
         In training mode the constraints advance and the input stage's running statistics are updated, as in a
-        forward; call it in evaluation mode to look without touching.
+        forward; call it in evaluation mode to look without touching. The chain uses running statistics.
         """
         with torch.no_grad():
             return self._prepare(x, generator).simulate(record)
@@ -117,6 +124,9 @@ class FeedbackSNN(nn.Module):
         """The solved equilibrium a* = f(a*) [B, *] with its implicit gradient, and the solver's verdict on it.
 
         Batch norms of the chain use running statistics in the solve, as in the simulation.
+
+        Raises:
+            ValueError: with `Bptt`, which has no gradient for it, unless gradients are disabled.
         """
         moment = self._prepare(x, generator)
         with torch.no_grad():
@@ -171,7 +181,15 @@ class FeedbackSNN(nn.Module):
     def _attach(self, rates: Tensor, f: EquilibriumMap) -> Tensor:
         if not (self.training or torch.is_grad_enabled()):
             return rates
-        return attach_gradient(rates, f, self.gradient, self.solver, tuple(self._solve_hooks.values()))
+        gradient = self.gradient
+        if isinstance(gradient, Bptt):
+            if torch.is_grad_enabled():
+                raise ValueError(
+                    "an equilibrium has no gradient through time: call it under torch.no_grad(), or set "
+                    "block.gradient = Implicit()"
+                )
+            gradient = Implicit()  # nothing is differentiated; running statistics are updated
+        return attach_gradient(rates, f, gradient, self.solver, tuple(self._solve_hooks.values()))
 
     def _prepare(self, x: Tensor, generator: torch.Generator | None) -> _Moment:
         self._check(x)
@@ -228,12 +246,14 @@ class _Moment:
         drive_value: Tensor,
         drive_at: Callable[[int], Tensor] | None,
         shapes: list[tuple[int, ...]],
+        frames: Frames | None,
     ) -> None:
         self.block = block
         self.map = equilibrium_map
         self.drive_value = drive_value
         self.drive_at = drive_at
         self.shapes = shapes
+        self.frames = frames
 
     @classmethod
     def of(
@@ -262,12 +282,18 @@ class _Moment:
             def at(t: int) -> Tensor:
                 return stage(x[t].detach().to(dtype))
 
-        return cls(block, EquilibriumMap(feedback, tuple(layers), drive, block.neuron), value, at, shapes)
+        frames = Frames(x, mean_input, first) if block.input_has_time else None
+        return cls(block, EquilibriumMap(feedback, tuple(layers), drive, block.neuron), value, at, shapes, frames)
 
     def simulate(self, record: Record) -> Rates:
         feedback, layers = self.map.feedback.frozen, [layer.frozen for layer in self.map.layers]
         drive = self.drive_value if self.drive_at is None else self.drive_at
-        return simulate(drive, layers, feedback, self.shapes, self.block.neuron, self.block.time_steps, record)
+        neuron, gradient = self.block.neuron, self.block.gradient
+        advance = gradient.firing(neuron).step_ if isinstance(gradient, Bptt) else step_
+        return simulate(drive, layers, feedback, self.shapes, neuron, self.block.time_steps, record, advance)
+
+    def through_time(self, gradient: Bptt, record: Record) -> tuple[Rates, Tensor]:
+        return through_time(gradient, self.map, self.frames, self.shapes, self.block.time_steps, record)
 
 
 def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:

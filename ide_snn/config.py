@@ -5,7 +5,7 @@
     optimizer = build_optimizer(config, net)
 
 A config is a plain dataclass (`ide_snn.schemas.Config`); an unknown option or a value of the wrong type or range is
-one ConfigError that names it. Classes are found by closed name -> class mappings, never by import path.
+one ConfigError that names it. The `build_*` functions are those of `ide_snn.build`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -26,31 +24,32 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
 
-from ide_snn.config_errors import ConfigError, explain, one_error, refuse_added_keys
-from ide_snn.data import Augmentation, DataError, Dataset, DeviceLoader, EventSplit, load_dataset
-from ide_snn.implicit import GRADIENTS, Gradient
-from ide_snn.models import FeedbackClassifier, SNNIDEConvMultiLayerNet, SNNIDEConvNet, SNNIDEFCNet
-from ide_snn.neurons import NeuronParams
-from ide_snn.optim import OPTIMIZERS, SCHEDULES, Schedule
-from ide_snn.schemas import (
-    SCHEMAS,
-    TOOLS,
-    Config,
-    DatasetConfig,
-    EventDatasetConfig,
-    ImageDatasetConfig,
-    ImageFolderDatasetConfig,
-    options,
+from ide_snn.build import (
+    Loaders,
+    build_dataset,
+    build_encoder,
+    build_gradient,
+    build_loaders,
+    build_model,
+    build_neuron,
+    build_optimizer,
+    build_schedule,
+    build_solver,
+    build_surrogate,
+    input_normalization,
+    resolve_device,
 )
-from ide_snn.solvers import SOLVERS, Solver
+from ide_snn.config_errors import ConfigError, explain, one_error, refuse_added_keys
+from ide_snn.data import DataError
+from ide_snn.schemas import SCHEMAS, TOOLS, Config
 
 __all__ = [
     "CONFIG_DIR",
     "ConfigError",
     "Loaders",
     "build_dataset",
+    "build_encoder",
     "build_gradient",
     "build_loaders",
     "build_model",
@@ -58,10 +57,12 @@ __all__ = [
     "build_optimizer",
     "build_schedule",
     "build_solver",
+    "build_surrogate",
     "check",
     "config_from_dict",
     "config_to_dict",
     "hydra_on_configs",
+    "input_normalization",
     "load_config",
     "resolve_device",
     "run_app",
@@ -71,22 +72,10 @@ __all__ = [
 ]
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-NETWORKS: dict[str, Callable[..., FeedbackClassifier]] = {
-    "fc": SNNIDEFCNet,
-    "conv": SNNIDEConvNet,
-    "multilayer": SNNIDEConvMultiLayerNet,
-}
 RESUME = ("none", "auto")
+# groups that configurations saved by version 0.1 lack; their first members are what that version did
+NEW_GROUPS = {"method", "surrogate", "encoder"}
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Loaders:
-    """Batches of the parts of a data set, on the device."""
-
-    train: DeviceLoader
-    test: DeviceLoader
-    validation: DeviceLoader | None
 
 
 def register_schemas() -> None:
@@ -184,6 +173,9 @@ def config_from_dict(content: Mapping[str, Any]) -> Config:
     Raises ConfigError where they do not fit the schemas.
     """
     sections: dict[str, Any] = {}
+    if not set(content) >= NEW_GROUPS:
+        defaults = config_to_dict(load_config())
+        content = {**{group: defaults[group] for group in NEW_GROUPS}, **content}
     for group, members in SCHEMAS.items():
         section = content.get(group)
         if not isinstance(section, Mapping):
@@ -202,122 +194,6 @@ def config_from_dict(content: Mapping[str, Any]) -> Config:
 
 def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def build_neuron(config: Config) -> NeuronParams:
-    with _naming("neuron"):
-        return NeuronParams(**options(config.neuron))
-
-
-def build_solver(config: Config) -> Solver:
-    return _build("solver", SOLVERS, config.solver)
-
-
-def build_gradient(config: Config) -> Gradient:
-    return _build("gradient", GRADIENTS, config.gradient)
-
-
-def build_schedule(config: Config) -> Schedule:
-    extra = {"epochs": config.trainer.epochs} if config.schedule.name == "cosine" else {}
-    return _build("schedule", SCHEDULES, config.schedule, **extra)
-
-
-def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """Over all parameters of `model` alike: weight decay applies to biases, batch norm and alpha too."""
-    return _build("optimizer", OPTIMIZERS, config.optimizer, params=model.parameters())
-
-
-def build_model(config: Config) -> FeedbackClassifier:
-    """The network, with initial weights drawn from `config.seed`; needs no data.
-
-    Raises ConfigError naming the group of an option that is out of range.
-    """
-    common = {
-        "neuron": build_neuron(config),
-        "solver": build_solver(config),
-        "gradient": build_gradient(config),
-        "time_steps": config.time_steps,
-        "input_has_time": isinstance(config.dataset, EventDatasetConfig),
-        "generator": torch.Generator().manual_seed(config.seed),
-    }
-    network = _choose("model.network", NETWORKS, config.model.network)
-    with _naming("model"):
-        shape = tuple(config.dataset.input_shape)
-        return network(shape, config.dataset.num_classes, **options(config.model), **common)
-
-
-def build_dataset(config: Config) -> Dataset:
-    """The data of `config.dataset`, from `config.data_dir`.
-
-    Raises DataError for missing or damaged files, ConfigError where the data are not as configured.
-    """
-    section = options(config.dataset)
-    shape, classes = tuple(section.pop("input_shape")), section.pop("num_classes")
-    if isinstance(config.dataset, ImageDatasetConfig):
-        del section["crop_padding"], section["flip"]  # for the loader
-    if isinstance(config.dataset, ImageFolderDatasetConfig):
-        section["channels"] = shape[0]
-    if isinstance(config.dataset, EventDatasetConfig):
-        section["time_steps"] = config.time_steps
-    dataset = load_dataset(config.dataset.name, data_dir=config.data_dir, **section)
-    for name, expected, found in (
-        ("input_shape", shape, dataset.input_shape),
-        ("num_classes", classes, dataset.num_classes),
-    ):
-        if expected != found:
-            value = str(list(found) if isinstance(found, tuple) else found).replace(" ", "")
-            raise ConfigError(f"dataset.{name} is {expected}, but the data have {found}: set dataset.{name}={value}")
-    return dataset
-
-
-def _augmentation(section: DatasetConfig) -> Augmentation:
-    if isinstance(section, ImageDatasetConfig):
-        return Augmentation(section.crop_padding, section.flip)
-    return Augmentation()
-
-
-def build_loaders(config: Config, dataset: Dataset, device: torch.device) -> Loaders:
-    """Loaders of the parts; the order of the training data depends on `config.seed` and the epoch only.
-
-    Of event recordings they serve the first `config.time_steps` frames.
-    """
-    trainer, validation = config.trainer, dataset.validation
-    if len(dataset.train) % trainer.batch_size == 1 and config.model.batch_norm and not trainer.drop_last:
-        raise ConfigError(
-            f"trainer.batch_size={trainer.batch_size} leaves a last batch of one of the {len(dataset.train)} training "
-            "images, which batch norm cannot use: set trainer.drop_last=true or another batch size"
-        )
-    fixed: dict[str, Any] = {"normalization": dataset.normalization, "device": device}
-    if isinstance(dataset.train, EventSplit):
-        fixed["time_steps"] = config.time_steps
-    evaluating = {**fixed, "batch_size": trainer.evaluation_batch_size, "shuffle": False}
-    with _naming("dataset"):
-        return Loaders(
-            DeviceLoader(
-                dataset.train,
-                batch_size=trainer.batch_size,
-                shuffle=True,
-                seed=config.seed,
-                drop_last=trainer.drop_last,
-                augmentation=_augmentation(config.dataset),
-                **fixed,
-            ),
-            DeviceLoader(dataset.test, **evaluating),
-            None if validation is None else DeviceLoader(validation, **evaluating),
-        )
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one; `cuda:1` is the second."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if count else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())):
-        raise ConfigError(f"device: there is no {name!r}; choose one of auto, cpu, cuda, cuda:<n>")
-    if kind == "cuda" and int(index or 0) >= count:
-        raise ConfigError(f"device={name}: torch sees {count} CUDA devices; use device=cpu or device=auto")
-    return torch.device(name)
 
 
 def run_dir_of_this_job() -> Path:
@@ -345,25 +221,3 @@ def run_app(main: Callable[[], object]) -> None:
         if not isinstance(error, (HydraException, OmegaConfBaseException, ConfigError, DataError)):
             print("(HYDRA_FULL_ERROR=1 shows where it was raised)", file=sys.stderr)
         raise SystemExit(1) from None
-
-
-def _build(group: str, classes: Mapping[str, Callable[..., T]], section: Any, **more: Any) -> T:
-    cls = _choose(f"{group}.name", classes, section.name)
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in options(section).items()}
-    with _naming(group):
-        return cls(**values, **more)
-
-
-def _choose(key: str, classes: Mapping[str, T], name: str) -> T:
-    if name not in classes:
-        raise ConfigError(f"{key}: there is no {name!r}; choose one of {', '.join(classes)}")
-    return classes[name]
-
-
-@contextmanager
-def _naming(group: str) -> Iterator[None]:
-    """Say in which group an option is that a constructor refuses."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{group}: {error}") from error

@@ -141,6 +141,8 @@ class DSRClassifier(nn.Module):
             expected = ["T", "B", *self.input_shape][2 - lead :]
             raise ValueError(f"input must have shape {expected}, got {list(x.shape)}")
         y = x.reshape(*x.shape[:lead], *self._first_shape())
+        if not y.is_floating_point():  # spikes
+            y = y.to(self.classifier.weight.dtype)
         repeat = None if self.input_has_time else self.time_steps
         for stage in self.stages:
             y = stage(y, repeat=repeat, generator=generator)

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ide_snn.block import FeedbackSNN
+from ide_snn.bptt import Bptt
 from ide_snn.implicit import Gradient, Implicit
 from ide_snn.layers import Connection
 from ide_snn.neurons import NeuronParams
 from ide_snn.operators import KNOWN_MODULES, Operator
 from ide_snn.solvers import Gmres, Solver
+from ide_snn.spiking import apply_to_spikes
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class NetworkOptions:
         neuron: threshold and leak of every population.
         time_steps: T.
         solver: for the implicit linear system.
-        gradient: `Implicit` or `Unrolled`.
+        gradient: `Implicit`, `Unrolled` or `Bptt`.
         dropout: variational dropout behind every connection, input and feedback included.
         constraint: constraint on the feedback weight, see `ide_snn.optimizations`.
         gamma: its bound in units of the threshold, c = gamma V_th.
@@ -50,7 +52,7 @@ class NetworkOptions:
     neuron: NeuronParams = field(default_factory=NeuronParams)
     time_steps: int = 30
     solver: Solver = field(default_factory=Gmres)
-    gradient: Gradient = field(default_factory=Implicit)
+    gradient: Gradient | Bptt = field(default_factory=Implicit)
     dropout: float = 0.2
     constraint: str = "spectral_matrix"
     gamma: float = 0.5
@@ -99,7 +101,8 @@ class FeedbackClassifier(nn.Module):
         num_classes: of the classifier.
         generator: draws the classifier's initial weights.
 
-    Shapes: x [B, *input_shape] ([T, B, *input_shape] for inputs with time) -> logits [B, num_classes].
+    Shapes: x [B, *input_shape] ([T, B, *input_shape] for inputs with time) -> logits [B, num_classes]. A block with
+    `Bptt(output="spikes")` gives logits [T, B, num_classes] in training mode, and their mean over time in evaluation.
     """
 
     def __init__(
@@ -130,7 +133,15 @@ class FeedbackClassifier(nn.Module):
             expected = ["T", "B", *self.input_shape][2 - lead :]
             raise ValueError(f"input must have shape {expected}, got {list(x.shape)}")
         x = x.reshape(*x.shape[:lead], *self._block_input_shape())
-        return self.classifier(self.block(x, generator=generator).flatten(1))
+        y = self.block(x, generator=generator)
+        gradient = self.block.gradient
+        if not (isinstance(gradient, Bptt) and gradient.output == "spikes"):
+            return self.classifier(y.flatten(1))
+        if not self.training:
+            return self.classifier(y.mean(0).flatten(1))
+        linear = self.classifier
+        logits = apply_to_spikes(Operator.of(linear), y.flatten(0, 1).flatten(1), linear.weight, linear.bias)
+        return logits.unflatten(0, y.shape[:2])
 
     def _block_input_shape(self) -> tuple[int, ...]:
         return self.input_shape

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ide_snn.block import FeedbackSNN
+from ide_snn.dsr import DSRNode, record_firing_rates
 from ide_snn.simulation import Rates
 from ide_snn.solvers import Outcome, Solution
 
@@ -37,12 +40,16 @@ class BlockMonitor:
     """While entered, sums up what the blocks of `model` report; leaves all tensors on the device.
 
     Firing rates are summed only if asked for, since a block then has to count spikes; call `count(batch)` after
-    each forward pass, so that they are weighted by the batch size.
+    each forward pass, so that they are weighted by the batch size. DSR nodes report firing rates too.
     """
 
     def __init__(self, model: nn.Module, *, firing_rates: bool = False) -> None:
         self._blocks = feedback_blocks(model)
         self._firing_rates = firing_rates
+        self._has_dsr = any(isinstance(module, DSRNode) for module in model.modules())
+        self._model = model
+        self._stack = ExitStack()
+        self._dsr_rates: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._last_rates: dict[str, Tensor] = {}
         self._rates: dict[str, Tensor] = {}
@@ -60,6 +67,8 @@ class BlockMonitor:
             if self._firing_rates:
                 hook = functools.partial(self._on_simulation, prefix)
                 self._handles.append(block.register_simulation_hook(hook))
+        if self._firing_rates and self._has_dsr:
+            self._dsr_rates = self._stack.enter_context(record_firing_rates(self._model))
         return self
 
     def __exit__(
@@ -68,6 +77,7 @@ class BlockMonitor:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._stack.close()
 
     def _on_solve(self, solution: Solution) -> None:
         self.solves += 1
@@ -83,6 +93,8 @@ class BlockMonitor:
     def count(self, batch: int) -> None:
         """Add the firing rates of the last forward pass, of `batch` samples."""
         self._samples += batch
+        if self._dsr_rates:
+            self._last_rates["dsr_" if self._blocks else ""] = torch.stack(list(self._dsr_rates.values()))
         for key, rate in self._last_rates.items():
             total = self._rates.get(key)
             self._rates[key] = rate.double() * batch + (0.0 if total is None else total)

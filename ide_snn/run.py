@@ -15,16 +15,19 @@ from ide_snn.checkpoint import Checkpoint, CheckpointError, load_checkpoint, loa
 from ide_snn.config import (
     ConfigError,
     build_dataset,
+    build_encoder,
     build_loaders,
     build_model,
     build_optimizer,
     build_schedule,
     config_from_dict,
     config_to_dict,
+    input_normalization,
     resolve_device,
     to_yaml,
 )
 from ide_snn.data import Dataset, Normalization, load_image, to_input
+from ide_snn.dsr_network import DSRClassifier
 from ide_snn.evaluation import evaluate
 from ide_snn.models import FeedbackClassifier
 from ide_snn.reporting import versions, write_json
@@ -136,7 +139,7 @@ def _data_section(dataset: Dataset) -> dict[str, Any]:
 
 def model_from_checkpoint(
     path: str | Path, *, time_steps: int | None = None, device: str = "auto"
-) -> tuple[FeedbackClassifier, Config, Checkpoint]:
+) -> tuple[FeedbackClassifier | DSRClassifier, Config, Checkpoint]:
     """Rebuild a network from a checkpoint alone, in evaluation mode; with `time_steps`, for another T.
 
     Raises:
@@ -203,8 +206,13 @@ def predict_image(request: PredictConfig) -> dict[str, Any]:
     if loaded.resized:
         size = " x ".join(map(str, loaded.original_size))
         print(f"resized from {size} to {height} x {width} pixels", file=sys.stderr)
-    normalization = Normalization(data["input_scale"], tuple(data["mean"]), tuple(data["std"]))
+    stored = Normalization(data["input_scale"], tuple(data["mean"]), tuple(data["std"]))
+    normalization = input_normalization(config, stored)
+    assert normalization is not None  # images have one
     x = to_input(loaded.image, normalization).to(next(model.parameters()).device)
+    encoder = build_encoder(config)
+    if encoder is not None:
+        x = encoder.encode(x, config.time_steps, torch.Generator(x.device).manual_seed(config.seed))
     with torch.no_grad():
         probabilities = model(x).double().softmax(1)[0].tolist()
     names = data["class_names"]

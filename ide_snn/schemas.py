@@ -10,9 +10,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ide_snn.bptt import Bptt
+from ide_snn.encoding import ENCODERS, Delta
 from ide_snn.implicit import GRADIENTS
 from ide_snn.neurons import NeuronParams
 from ide_snn.solvers import SOLVERS
+from ide_snn.surrogate import SURROGATES
 
 __all__ = [
     "SCHEMAS",
@@ -53,10 +56,10 @@ def _plain(annotation: Any) -> Any:
     return annotation
 
 
-def _mirror(source: type) -> type[NamedConfig]:
+def _mirror(source: type, without: tuple[str, ...] = ()) -> type[NamedConfig]:
     """Schema with the fields of the dataclass `source` and a name; no defaults, the YAML files hold them."""
     hints = get_type_hints(source)
-    fields = [(field.name, _plain(hints[field.name])) for field in dataclasses.fields(source)]
+    fields = [(f.name, _plain(hints[f.name])) for f in dataclasses.fields(source) if f.name not in without]
     name = f"{source.__name__}Config"
     schema = dataclasses.make_dataclass(
         name, fields, bases=(NamedConfig,), namespace={"__module__": __name__}, slots=True
@@ -201,6 +204,18 @@ class TrainerConfig:
 
 
 @dataclass(slots=True)
+class DSRConfig(NamedConfig):
+    """Options of DSR's nodes; `neuron` gives leak (delta_t = -tau ln(leak)) and where the learned threshold starts."""
+
+    alpha: float
+    tau: float
+    v_threshold_training: bool
+    v_threshold_grad_scaling: float
+    v_threshold_lower_bound: float
+    compat: str
+
+
+@dataclass(slots=True)
 class Config:
     """One training run: the groups, then the knobs of `configs/train.yaml`."""
 
@@ -208,7 +223,10 @@ class Config:
     model: ModelConfig
     neuron: NamedConfig
     solver: NamedConfig
+    method: NamedConfig
     gradient: NamedConfig
+    surrogate: NamedConfig
+    encoder: NamedConfig
     optimizer: NamedConfig
     schedule: ScheduleConfig
     trainer: TrainerConfig
@@ -309,7 +327,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"fc": FCModelConfig, "conv": ConvModelConfig, "multilayer": MultiLayerModelConfig},
     "neuron": {"neuron": _mirror(NeuronParams)},
     "solver": {name: _mirror(solver) for name, solver in SOLVERS.items()},
+    # the surrogate is a group of its own; it fires spikes
+    "method": {"ide": NamedConfig, "bptt": _mirror(Bptt, without=("surrogate",)), "dsr": DSRConfig},
     "gradient": {name: _mirror(gradient) for name, gradient in GRADIENTS.items()},
+    "surrogate": {name: _mirror(surrogate, without=("spiking",)) for name, surrogate in SURROGATES.items()},
+    # Delta encodes sequences, which no data set has
+    "encoder": {name: _mirror(encoder) for name, encoder in ENCODERS.items() if encoder is not Delta},
     "optimizer": {"sgd": SGDConfig, "adam": AdamConfig, "adamw": AdamConfig},
     "schedule": {"step": StepScheduleConfig, "cosine": CosineScheduleConfig, "none": ScheduleConfig},
     "trainer": {"trainer": TrainerConfig},

@@ -5,7 +5,8 @@
     result = fit(net, train, test, optimizer=torch.optim.SGD(net.parameters(), lr=0.05), epochs=10)
     evaluate(net, test).accuracy
 
-The loss is the cross entropy of `model(x)`, logits [B, classes]. Feedback blocks anywhere in the model report
+The loss is the cross entropy of `model(x)`, logits [B, classes]; of logits per time step [T, B, classes] it is the mean
+over the steps. Feedback blocks anywhere in the model report
 their solves and firing rates. With a `run_dir` the run can be stopped and continued at any step.
 """
 
@@ -84,7 +85,7 @@ def fit(
     """Train `model` in place and evaluate it after each epoch.
 
     Args:
-        model: gives logits [B, classes]; it lies on its device already.
+        model: gives logits [B, classes], or in training [T, B, classes]; it lies on its device already.
         train: batches of an epoch, e.g. a `DeviceLoader`.
         test: evaluated after each epoch.
         optimizer: with the base learning rates, which `schedule` multiplies; they are put back in the end.
@@ -235,9 +236,12 @@ class _Run:
         for x, y in group:
             x, y = x.to(self.device), y.to(self.device)
             logits = self.model(x)
-            loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+            targets = y
+            if logits.dim() == 3:
+                targets = y.expand(len(logits), -1).flatten()
+            loss = F.cross_entropy(logits.flatten(0, -2), targets, label_smoothing=self.label_smoothing)
             (loss * (len(y) / samples)).backward()
-            self.totals.add(loss, logits, y)
+            self.totals.add(loss, logits if logits.dim() == 2 else logits.mean(0), y)
         if self.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip)
         self.optimizer.step()

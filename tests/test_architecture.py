@@ -43,6 +43,7 @@ LAYERS = [
     "schemas",
     "paper",
     "config_errors",
+    "build",
     "config",
     "hydra_tools",
     "original",

@@ -38,6 +38,11 @@ def analyze_checkpoint(request: AnalyzeConfig) -> dict[str, Any]:
     trained_steps = int(checkpoint.config["time_steps"])
     if request.data_dir is not None:
         config = replace(config, data_dir=request.data_dir)
+    if not isinstance(model, FeedbackClassifier):
+        raise ConfigError(
+            f"{checkpoint.path} was trained with method={config.method.name}: analysis is of feedback networks, "
+            "method=ide or method=bptt"
+        )
     _check(request, model)
     # of event recordings, another time_steps takes more or fewer of the frames that the network was trained on
     dataset = build_dataset(replace(config, time_steps=trained_steps))

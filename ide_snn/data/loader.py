@@ -11,6 +11,7 @@ from torch import Tensor
 from ide_snn.data.augment import Augmentation
 from ide_snn.data.base import Normalization
 from ide_snn.data.splits import EventSplit, Split
+from ide_snn.encoding import Encoder
 
 
 class DeviceLoader:
@@ -27,7 +28,8 @@ class DeviceLoader:
         batch_size: samples per batch; the last batch of an epoch may be smaller.
         normalization: usually `dataset.normalization`; None for events.
         augmentation: random changes of the images, drawn from (seed, epoch) as the order is; not for events.
-        time_steps: for events, serve only the first frames; default: all.
+        encoder: turns images into input over time [T, B, C, H, W]; draws from (seed, epoch, batch).
+        time_steps: with an encoder T; for events, serve only the first frames, default: all.
         device: where the data lie and the batches appear.
         shuffle: a new random order in each epoch, otherwise the order of the split.
         seed: of the random orders.
@@ -45,6 +47,7 @@ class DeviceLoader:
         batch_size: int,
         normalization: Normalization | None,
         augmentation: Augmentation = Augmentation(),
+        encoder: Encoder | None = None,
         time_steps: int | None = None,
         device: str | torch.device = "cpu",
         shuffle: bool,
@@ -62,7 +65,7 @@ class DeviceLoader:
             raise ValueError(
                 f"drop_last leaves no batch: batch_size is {batch_size}, the split has {len(split)} samples"
             )
-        _check_kind(split, normalization, augmentation, time_steps)
+        _check_kind(split, normalization, augmentation, encoder, time_steps)
         self.split = split.to(device)
         self.labels = self.split.labels
         self.batch_size = batch_size
@@ -70,6 +73,7 @@ class DeviceLoader:
         self.seed = seed
         self.drop_last = drop_last
         self.augmentation = augmentation
+        self.encoder = encoder
         self.time_steps = time_steps
         self._constants = None if normalization is None else normalization.constants(self.labels.device, dtype)
 
@@ -108,7 +112,10 @@ class DeviceLoader:
         for first in range(0, len(order), self.batch_size):
             portion = slice(first, first + self.batch_size)
             index = order[portion]
-            yield self._inputs(index, None if choices is None else choices[portion]), self.labels.index_select(0, index)
+            inputs = self._inputs(index, None if choices is None else choices[portion])
+            if self.encoder is not None:
+                inputs = self._encode(inputs, epoch, start + first // self.batch_size)
+            yield inputs, self.labels.index_select(0, index)
 
     def _inputs(self, index: Tensor, choices: Tensor | None) -> Tensor:
         if isinstance(self.split, EventSplit):
@@ -118,6 +125,13 @@ class DeviceLoader:
             images = self.augmentation.apply(images, choices)
         assert self._constants is not None  # see _check_kind
         return self._constants.apply(images)
+
+    def _encode(self, inputs: Tensor, epoch: int, batch: int) -> Tensor:
+        assert self.encoder is not None
+        assert self.time_steps is not None  # see _check_kind
+        mixed = int(np.random.SeedSequence((self.seed, epoch, 2, batch)).generate_state(1, np.uint64)[0])
+        generator = torch.Generator(inputs.device).manual_seed(mixed)
+        return self.encoder.encode(inputs, self.time_steps, generator)
 
     def _order(self, epoch: int) -> Tensor:
         """Order of the samples in `epoch`: int64 [N] on the CPU."""
@@ -129,12 +143,16 @@ class DeviceLoader:
 
 
 def _check_kind(
-    split: Split | EventSplit, normalization: Normalization | None, augmentation: Augmentation, time_steps: int | None
+    split: Split | EventSplit,
+    normalization: Normalization | None,
+    augmentation: Augmentation,
+    encoder: Encoder | None,
+    time_steps: int | None,
 ) -> None:
-    """Images are normalised and may be augmented, events may be cut in time."""
+    """Images are normalised and may be augmented and encoded, events may be cut in time."""
     if isinstance(split, EventSplit):
-        if normalization is not None or augmentation.changes:
-            raise ValueError("events are served as they are: normalization must be None, and no augmentation")
+        if normalization is not None or augmentation.changes or encoder is not None:
+            raise ValueError("events are served as they are: no normalization, augmentation or encoder")
         if time_steps is not None and not 1 <= time_steps <= split.time_steps:
             raise ValueError(
                 f"the recordings have {split.time_steps} frames, so time_steps must lie in 1..{split.time_steps}; "
@@ -143,8 +161,8 @@ def _check_kind(
         return
     if normalization is None:
         raise ValueError("images need a normalization, usually dataset.normalization")
-    if time_steps is not None:
-        raise ValueError(f"images have no time, so time_steps must be None, got {time_steps}")
+    if (time_steps is None) != (encoder is None):
+        raise ValueError(f"images need time_steps with an encoder and have none without; got {time_steps}")
     channels = split.input_shape[0]
     if len(normalization.mean) != channels:
         raise ValueError(f"the images have {channels} channel(s), the normalization {len(normalization.mean)}")
