@@ -186,7 +186,7 @@ def test_the_loader_cuts_in_time_and_does_nothing_else(tmp_path: Path) -> None:
     digits = load_dataset("digits").test
     with pytest.raises(ValueError, match="images need a normalization"):
         DeviceLoader(digits, batch_size=2, normalization=None, shuffle=False)
-    with pytest.raises(ValueError, match="images have no time"):
+    with pytest.raises(ValueError, match="have none without"):
         DeviceLoader(digits, batch_size=2, normalization=NORMALIZATION, shuffle=False, time_steps=3)
 
 

@@ -1,0 +1,200 @@
+"""Training methods against T: peak memory, time per step, accuracy after the same number of steps.
+
+    python benchmarks/methods.py --data-dir path/to/data                      F400, T = 5, 10, 30, 100
+    python benchmarks/methods.py f64c5 --data-dir path/to/data --steps 50 --time-steps 5 30
+
+Every cell is a process of its own that trains the experiment's network with the same data order, recipe and seed, so
+nothing of one method's memory remains for the next. Peak memory is counted above the level at which model, optimizer
+and data exist: the resident set on a CPU, torch's allocator on a GPU. Times are medians over the steps; run it on an
+otherwise idle machine. Writes methods.json, methods.md and, with matplotlib, methods.png to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ide_snn.config import (
+    build_dataset,
+    build_loaders,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    load_config,
+    resolve_device,
+)
+from ide_snn.evaluation import evaluate
+from ide_snn.optim import set_learning_rate
+
+EXPERIMENTS = {"f400": "fashion_mnist_f400_lif", "f64c5": "mnist_f64c5_lif"}
+METHODS = {
+    "ide": ["method=ide"],
+    "bptt": ["method=bptt"],
+    "bptt, spikes as numbers": ["method=bptt", "method.pack=false"],
+    "bptt, recompute 5": ["method=bptt", "method.recompute=5"],
+    "dsr": ["method=dsr"],
+}
+
+
+class Peak:
+    """Bytes above the level at construction."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.start = torch.cuda.memory_allocated(device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present level
+            self.start = _resident("VmRSS")
+
+    def read(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.start
+        return _resident("VmHWM") - self.start
+
+
+def _resident(key: str) -> int:
+    match = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if match is None:
+        raise OSError(f"/proc/self/status has no {key}: memory can be measured on Linux only")
+    return int(match[1]) * 1024
+
+
+def measure(network: str, method: str, time_steps: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One cell, in the present process."""
+    config = load_config(
+        [f"experiment={EXPERIMENTS[network]}", *METHODS[method], f"time_steps={time_steps}", f"seed={options.seed}"]
+        + [f"data_dir={options.data_dir}", f"device={options.device}"]
+    )
+    torch.set_num_threads(options.threads)
+    device = resolve_device(config.device)
+    torch.manual_seed(config.seed)
+    model = build_model(config).to(device).train()
+    optimizer, schedule = build_optimizer(config, model), build_schedule(config)
+    loaders = build_loaders(config, build_dataset(config), device)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    peak, times, losses, step = Peak(device), [], [], 0
+    for epoch in range(1 + options.steps // len(loaders.train)):
+        for x, y in loaders.train.epoch(epoch):
+            if step == options.steps:
+                break
+            start = time.perf_counter()
+            set_learning_rate(optimizer, rates, schedule(step, epoch))
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())  # waits for a GPU
+            times.append(time.perf_counter() - start)
+            step += 1
+    memory = peak.read()
+    result = evaluate(model, loaders.test)
+    return {
+        "network": network,
+        "method": method,
+        "time_steps": time_steps,
+        "steps": step,
+        "peak_bytes": memory,
+        "seconds_per_step": statistics.median(times),
+        "test_accuracy": result.accuracy,
+        "firing_rate": result.firing_rate,
+        "train_loss": statistics.fmean(losses[-20:]),
+    }
+
+
+def _child(connection: Any, *arguments: Any) -> None:
+    connection.send(measure(*arguments))
+
+
+def in_a_process(*arguments: Any) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, *arguments))
+    process.start()
+    sender.close()
+    try:
+        cell: dict[str, Any] = receiver.recv()
+    except EOFError:
+        raise SystemExit(f"error: the process of {arguments[1]}, T = {arguments[2]}, ended without a result") from None
+    process.join()
+    return cell
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    lines = [
+        "| network | method | T | peak memory, MB | ms per step | test accuracy after the steps, % | steps |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {c['network']} | {c['method']} | {c['time_steps']} | {c['peak_bytes'] / 1e6:.1f} | "
+        f"{1e3 * c['seconds_per_step']:.1f} | {100 * c['test_accuracy']:.2f} | {c['steps']} |"
+        for c in cells
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(cells: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    values = (
+        ("peak memory, MB", lambda c: c["peak_bytes"] / 1e6),
+        ("time per step, ms", lambda c: 1e3 * c["seconds_per_step"]),
+        ("test accuracy, %", lambda c: 100 * c["test_accuracy"]),
+    )
+    for axes, (label, value) in zip(figure.subplots(1, 3), values, strict=True):
+        for method in dict.fromkeys(c["method"] for c in cells):
+            own = [c for c in cells if c["method"] == method]
+            axes.plot([c["time_steps"] for c in own], [value(c) for c in own], marker="o", label=method)
+        axes.set(xscale="log", xlabel="time steps T", ylabel=label)
+        axes.grid(alpha=0.3)
+        if "accuracy" not in label:
+            axes.set_yscale("log")
+    figure.axes[0].legend(fontsize=8)
+    figure.suptitle(f"{cells[0]['network']}: training methods, {cells[0]['steps']} steps")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", nargs="?", default="f400", choices=EXPERIMENTS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--time-steps", nargs="+", type=int, default=[5, 10, 30, 100])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path, default=Path("outputs/methods"))
+    options = parser.parse_args()
+    if options.steps < 1:
+        parser.error("--steps must be at least 1")
+    cells = []
+    for time_steps in options.time_steps:
+        for method in options.methods:
+            cells.append(in_a_process(options.network, method, time_steps, options))
+            print(table(cells[-1:]).splitlines()[-1], flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    where = {"torch": torch.__version__, "platform": platform.platform(), "threads": options.threads}
+    (options.output / "methods.json").write_text(json.dumps({**where, "cells": cells}, indent=2) + "\n")
+    (options.output / "methods.md").write_text(table(cells))
+    try:
+        draw(cells, options.output / "methods.png")
+    except ImportError:
+        print("no figure: matplotlib is not installed (pip install -e '.[viz]')")
+    print(f"written to {options.output}")
+
+
+if __name__ == "__main__":
+    main()
