@@ -188,6 +188,15 @@ def test_other_optimisers_and_schedules(
     assert_same(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
 
 
+@pytest.fixture
+def default_interrupt() -> Iterator[None]:
+    """A test run in the background inherits an ignored SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_interrupt")
 def test_a_second_stop_request_is_immediate(
     tmp_path: Path, at_batch: Callable[[int, Callable[[], None]], None]
 ) -> None:
