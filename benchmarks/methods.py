@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 import re
 import statistics
 import time
@@ -34,7 +33,9 @@ from ide_snn.config import (
     resolve_device,
 )
 from ide_snn.evaluation import evaluate
+from ide_snn.hydra_tools import quote
 from ide_snn.optim import set_learning_rate
+from ide_snn.reporting import versions
 
 EXPERIMENTS = {"f400": "fashion_mnist_f400_lif", "f64c5": "mnist_f64c5_lif"}
 METHODS = {
@@ -75,10 +76,11 @@ def measure(network: str, method: str, time_steps: int, options: argparse.Namesp
     """One cell, in the present process."""
     config = load_config(
         [f"experiment={EXPERIMENTS[network]}", *METHODS[method], f"time_steps={time_steps}", f"seed={options.seed}"]
-        + [f"data_dir={options.data_dir}", f"device={options.device}"]
+        + [quote("data_dir", options.data_dir), f"device={options.device}"]
     )
     torch.set_num_threads(options.threads)
     device = resolve_device(config.device)
+    torch.backends.cudnn.allow_tf32 = False  # as in training
     torch.manual_seed(config.seed)
     model = build_model(config).to(device).train()
     optimizer, schedule = build_optimizer(config, model), build_schedule(config)
@@ -186,7 +188,7 @@ def main() -> None:
             cells.append(in_a_process(options.network, method, time_steps, options))
             print(table(cells[-1:]).splitlines()[-1], flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    where = {"torch": torch.__version__, "platform": platform.platform(), "threads": options.threads}
+    where = {**versions(resolve_device(options.device)), "threads": options.threads}
     (options.output / "methods.json").write_text(json.dumps({**where, "cells": cells}, indent=2) + "\n")
     (options.output / "methods.md").write_text(table(cells))
     try:

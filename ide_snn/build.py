@@ -151,6 +151,10 @@ def _build_dsr(config: Config, method: DSRConfig, shape: tuple[int, ...], common
             return DSRFCNet(shape, classes, hidden=model.hidden, **common)
         if isinstance(model, ConvModelConfig):
             kernel = model.kernel_size
+            if model.padding != kernel // 2 or model.feedback_kernel_size is not None:
+                raise ValueError(
+                    f"method=dsr needs model.padding={kernel // 2} for this kernel_size and no feedback_kernel_size"
+                )
             return DSRConvNet(
                 shape, classes, channels=(model.channels,), strides=(model.stride,), kernel_size=kernel, **common
             )
@@ -168,6 +172,7 @@ def _dsr_node(config: Config, method: DSRConfig) -> Callable[[], DSRNode]:
             # its membrane takes in a share of the drive: in that unit its threshold is IF's, and learns as IF's does
             share, delta_t = 1 - neuron.leak, -tau * math.log(neuron.leak)
             settings["v_threshold_grad_scaling"] *= share**2
+            settings["v_threshold_lower_bound"] *= share
             threshold = share * neuron.v_threshold
             node = functools.partial(DSRLIFNode, v_threshold=threshold, tau=tau, delta_t=delta_t, **settings)
         node()  # refuses options out of range, in the name of the group
@@ -222,7 +227,7 @@ def build_loaders(config: Config, dataset: Dataset, device: torch.device) -> Loa
     }
     if isinstance(dataset.train, EventSplit) or fixed["encoder"] is not None:
         fixed["time_steps"] = config.time_steps
-    evaluating = {**fixed, "batch_size": trainer.evaluation_batch_size, "shuffle": False}
+    evaluating = {**fixed, "batch_size": trainer.evaluation_batch_size, "shuffle": False, "seed": config.seed}
     with _naming("dataset"):
         return Loaders(
             DeviceLoader(

@@ -25,7 +25,7 @@ from ide_snn.block import FeedbackSNN
 from ide_snn.bptt import Bptt
 from ide_snn.implicit import Gradient, Implicit
 from ide_snn.layers import Connection
-from ide_snn.neurons import NeuronParams
+from ide_snn.neurons import NeuronParams, time_average
 from ide_snn.operators import KNOWN_MODULES, Operator
 from ide_snn.solvers import Gmres, Solver
 from ide_snn.spiking import apply_to_spikes
@@ -102,7 +102,7 @@ class FeedbackClassifier(nn.Module):
         generator: draws the classifier's initial weights.
 
     Shapes: x [B, *input_shape] ([T, B, *input_shape] for inputs with time) -> logits [B, num_classes]. A block with
-    `Bptt(output="spikes")` gives logits [T, B, num_classes] in training mode, and their mean over time in evaluation.
+    `Bptt(output="spikes")` gives logits [T, B, num_classes] in training, those of the weighted rates in evaluation.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class FeedbackClassifier(nn.Module):
         if not (isinstance(gradient, Bptt) and gradient.output == "spikes"):
             return self.classifier(y.flatten(1))
         if not self.training:
-            return self.classifier(y.mean(0).flatten(1))
+            return self.classifier(time_average(y, self.block.neuron.leak, y.dtype).flatten(1))
         linear = self.classifier
         logits = apply_to_spikes(Operator.of(linear), y.flatten(0, 1).flatten(1), linear.weight, linear.bias)
         return logits.unflatten(0, y.shape[:2])

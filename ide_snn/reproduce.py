@@ -199,7 +199,10 @@ def attempt(config: Config, run_dir: Path) -> Outcome:
     except Exception as error:  # whatever it is, the other jobs can still run
         text = str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
         log.error("failed: %s", text, exc_info=not isinstance(error, EXPECTED))
-        write_json(failure, {"error": text})
+        try:
+            write_json(failure, {"error": text})
+        except OSError as unwritable:
+            log.error("%s could not be written: %s", failure, unwritable)
         return Outcome(error=text)
     finally:
         torch.set_num_threads(threads)

@@ -23,6 +23,7 @@ from ide_snn.config import (
     config_from_dict,
     config_to_dict,
     input_normalization,
+    load_config,
     resolve_device,
     to_yaml,
 )
@@ -55,6 +56,7 @@ def train(config: Config, run_dir: Path) -> FitResult:
     dataset = build_dataset(config)
     loaders = build_loaders(config, dataset, device)
     log.info("%s: %d parameters on %s; everything goes to %s", config.name, _count(model), device, run_dir)
+    _warn_about_idle_options(config)
     new = not (run_dir / "checkpoints" / "last.pt").exists()
     if new:
         _write_record(config, run_dir, device)
@@ -92,6 +94,17 @@ def _prepare_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
     return device
+
+
+def _warn_about_idle_options(config: Config) -> None:
+    """Says which groups were set although the method or the data do not use them."""
+    idle = {"ide": {"surrogate"}, "bptt": {"gradient", "solver"}, "dsr": {"gradient", "solver", "surrogate"}}
+    groups = idle[config.method.name] | ({"encoder"} if isinstance(config.dataset, EventDatasetConfig) else set())
+    chosen, default = config_to_dict(config), config_to_dict(load_config())
+    for group in sorted(groups):
+        if chosen[group] != default[group]:
+            why = f"method={config.method.name}" if group != "encoder" else f"the events of {config.dataset.name}"
+            log.warning("the options of %s have no effect with %s", group, why)
 
 
 def _count(model: torch.nn.Module) -> int:

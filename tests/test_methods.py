@@ -162,3 +162,38 @@ def test_analysis_refuses_a_network_without_feedback(tmp_path: Path) -> None:
         request = to_config(compose("analyze", overrides=[f"checkpoint={path}"]), AnalyzeConfig)
     with pytest.raises(ConfigError, match="method=dsr"):
         analyze_checkpoint(request)
+
+
+def test_a_network_trained_on_every_step_is_analysed_by_its_rates(tmp_path: Path) -> None:
+    result = train(tiny("method=bptt method.output=spikes"), tmp_path)
+    path = tmp_path / "checkpoints" / "last.pt"
+    with hydra_on_configs():
+        request = to_config(compose("analyze", overrides=[f"checkpoint={path}", "samples=32"]), AnalyzeConfig)
+    report = analyze_checkpoint(request)
+    assert report["accuracy_over_time"][-1] == pytest.approx(result.test_accuracy_last)
+
+
+def test_analysis_refuses_the_hard_reset(tmp_path: Path) -> None:
+    train(tiny("method=bptt method.reset=hard"), tmp_path)
+    with hydra_on_configs():
+        name = f"checkpoint={tmp_path / 'checkpoints' / 'last.pt'}"
+        request = to_config(compose("analyze", overrides=[name]), AnalyzeConfig)
+    with pytest.raises(ConfigError, match=r"method\.reset=hard"):
+        analyze_checkpoint(request)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "group"),
+    [("surrogate=sigmoid", "surrogate"), ("method=bptt solver=anderson", "solver"), ("method=bptt surrogate=erf", "")],
+)
+def test_options_without_effect_are_said(
+    overrides: str, group: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        train(tiny(overrides), tmp_path)
+    assert (f"the options of {group} have no effect" in caplog.text) if group else ("no effect" not in caplog.text)
+
+
+def test_dsr_refuses_a_padding_it_cannot_have() -> None:
+    with pytest.raises(ConfigError, match=r"method=dsr needs model\.padding=2"):
+        build_model(load_config(["method=dsr", "model=f64c5", "model.padding=0"]))

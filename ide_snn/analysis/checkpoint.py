@@ -12,7 +12,9 @@ import torch
 
 from ide_snn.analysis.figures import require_matplotlib, save_figures
 from ide_snn.analysis.model import Analysis, analyze_model
+from ide_snn.bptt import Bptt
 from ide_snn.config import ConfigError, build_dataset, build_loaders
+from ide_snn.implicit import Implicit
 from ide_snn.models import FeedbackClassifier
 from ide_snn.reporting import write_json
 from ide_snn.run import model_from_checkpoint
@@ -43,6 +45,14 @@ def analyze_checkpoint(request: AnalyzeConfig) -> dict[str, Any]:
             f"{checkpoint.path} was trained with method={config.method.name}: analysis is of feedback networks, "
             "method=ide or method=bptt"
         )
+    gradient = model.block.gradient
+    if isinstance(gradient, Bptt):
+        if gradient.reset != "soft":
+            raise ConfigError(
+                f"{checkpoint.path} was trained with method.reset={gradient.reset}: equilibrium and Jacobian are those "
+                "of the soft reset"
+            )
+        model.block.gradient = Implicit()  # the same rates, and the solver is looked at
     _check(request, model)
     # of event recordings, another time_steps takes more or fewer of the frames that the network was trained on
     dataset = build_dataset(replace(config, time_steps=trained_steps))

@@ -119,7 +119,10 @@ class Line:
     @property
     def comparable(self) -> bool:
         """On the same training and test data as the row."""
-        limited = any(change.key in ("dataset.train_limit", "dataset.test_limit") for change in self.changes)
+        limited = any(
+            change.key in ("dataset.train_limit", "dataset.test_limit", "dataset.validation_size")
+            for change in self.changes
+        )
         return self.paper is not None and not (self.data_note or self.less_data or limited)
 
     @property

@@ -86,7 +86,9 @@ def _difference(line: Line) -> str:
 def _counted(name: str) -> Callable[[Line], str]:
     def text(line: Line) -> str:
         values = {run.result[name] for run in line.runs if run.result is not None and run.result.get(name) is not None}
-        same_network = not any(c.key.startswith("model.") for c in line.changes)
+        same_network = not any(
+            c.key.startswith(("model.", "method.", "encoder.", "dataset.input_shape")) for c in line.changes
+        )
         if not values and line.paper is not None and same_network:
             values = {getattr(line.paper, name)}
         return ", ".join(f"{value:,}" for value in sorted(values)) or NONE
