@@ -1,18 +1,24 @@
 """Training methods against T: peak memory, time per step, accuracy after the same number of steps.
 
     python benchmarks/methods.py --data-dir path/to/data                      F400, T = 5, 10, 30, 100
-    python benchmarks/methods.py f64c5 --data-dir path/to/data --steps 50 --time-steps 5 30
+    python benchmarks/methods.py f64c5 --data-dir path/to/data --limit 240
 
 Every cell is a process of its own that trains the experiment's network with the same data order, recipe and seed, so
 nothing of one method's memory remains for the next. Peak memory is counted above the level at which model, optimizer
-and data exist: the resident set on a CPU, torch's allocator on a GPU. Times are medians over the steps; run it on an
-otherwise idle machine. Writes methods.json, methods.md and, with matplotlib, methods.png to --output.
+and data exist: the resident set on a CPU, torch's allocator on a GPU. "Kept for backward" is what autograd saves in one
+forward of the whole model, counted by `saved_tensors_hooks`. Times are medians over the steps; run it on an otherwise
+idle machine. A cell that would train for longer than --limit seconds stops there: it has its memory and time, and its
+accuracy is stated as not run.
+
+Writes methods.json after every cell, methods.md and, with matplotlib, methods.png to --output; cells that the folder's
+methods.json has already are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import re
 import statistics
@@ -37,6 +43,7 @@ from ide_snn.hydra_tools import quote
 from ide_snn.optim import set_learning_rate
 from ide_snn.reporting import versions
 
+MIN_STEPS = 5  # of a cell that stops early: enough for a median
 EXPERIMENTS = {"f400": "fashion_mnist_f400_lif", "f64c5": "mnist_f64c5_lif"}
 METHODS = {
     "ide": ["method=ide"],
@@ -72,6 +79,22 @@ def _resident(key: str) -> int:
     return int(match[1]) * 1024
 
 
+def kept_for_backward(model: torch.nn.Module, x: torch.Tensor) -> int:
+    """Bytes of all that autograd saves in one forward, each storage once, parameters and the input left out."""
+    known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}  # kept alive: addresses stay unique
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(x)
+    del output
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in known)
+
+
 def measure(network: str, method: str, time_steps: int, options: argparse.Namespace) -> dict[str, Any]:
     """One cell, in the present process."""
     config = load_config(
@@ -86,10 +109,11 @@ def measure(network: str, method: str, time_steps: int, options: argparse.Namesp
     optimizer, schedule = build_optimizer(config, model), build_schedule(config)
     loaders = build_loaders(config, build_dataset(config), device)
     rates = [group["lr"] for group in optimizer.param_groups]
-    peak, times, losses, step = Peak(device), [], [], 0
+    peak, times, losses, step, began = Peak(device), [], [], 0, time.perf_counter()
     for epoch in range(1 + options.steps // len(loaders.train)):
         for x, y in loaders.train.epoch(epoch):
-            if step == options.steps:
+            out_of_time = step >= MIN_STEPS and time.perf_counter() - began > options.limit
+            if step == options.steps or out_of_time:
                 break
             start = time.perf_counter()
             set_learning_rate(optimizer, rates, schedule(step, epoch))
@@ -100,18 +124,20 @@ def measure(network: str, method: str, time_steps: int, options: argparse.Namesp
             losses.append(loss.item())  # waits for a GPU
             times.append(time.perf_counter() - start)
             step += 1
-    memory = peak.read()
-    result = evaluate(model, loaders.test)
+    memory, kept, complete = peak.read(), kept_for_backward(model, x), step == options.steps
+    result = evaluate(model, loaders.test) if complete else None
     return {
         "network": network,
         "method": method,
         "time_steps": time_steps,
+        "seed": options.seed,
         "steps": step,
         "peak_bytes": memory,
+        "kept_bytes": kept,
         "seconds_per_step": statistics.median(times),
-        "test_accuracy": result.accuracy,
-        "firing_rate": result.firing_rate,
-        "train_loss": statistics.fmean(losses[-20:]),
+        "test_accuracy": result.accuracy if result else None,
+        "firing_rate": result.firing_rate if result else None,
+        "train_loss": statistics.fmean(losses[-20:]) if complete else None,
     }
 
 
@@ -135,25 +161,27 @@ def in_a_process(*arguments: Any) -> dict[str, Any]:
 
 def table(cells: list[dict[str, Any]]) -> str:
     lines = [
-        "| network | method | T | peak memory, MB | ms per step | test accuracy after the steps, % | steps |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| network | method | T | peak memory, MB | kept for backward, MB | ms per step | test accuracy, % | after steps |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [
-        f"| {c['network']} | {c['method']} | {c['time_steps']} | {c['peak_bytes'] / 1e6:.1f} | "
-        f"{1e3 * c['seconds_per_step']:.1f} | {100 * c['test_accuracy']:.2f} | {c['steps']} |"
-        for c in cells
-    ]
+    for c in cells:
+        accuracy = "not run" if c["test_accuracy"] is None else f"{100 * c['test_accuracy']:.2f}"
+        lines.append(
+            f"| {c['network']} | {c['method']} | {c['time_steps']} | {c['peak_bytes'] / 1e6:.1f} | "
+            f"{c['kept_bytes'] / 1e6:.2f} | {1e3 * c['seconds_per_step']:.1f} | {accuracy} | {c['steps']} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def draw(cells: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
+    steps = [c["steps"] for c in cells]
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     values = (
         ("peak memory, MB", lambda c: c["peak_bytes"] / 1e6),
         ("time per step, ms", lambda c: 1e3 * c["seconds_per_step"]),
-        ("test accuracy, %", lambda c: 100 * c["test_accuracy"]),
+        ("test accuracy, %", lambda c: math.nan if c["test_accuracy"] is None else 100 * c["test_accuracy"]),
     )
     for axes, (label, value) in zip(figure.subplots(1, 3), values, strict=True):
         for method in dict.fromkeys(c["method"] for c in cells):
@@ -164,7 +192,7 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
         if "accuracy" not in label:
             axes.set_yscale("log")
     figure.axes[0].legend(fontsize=8)
-    figure.suptitle(f"{cells[0]['network']}: training methods, {cells[0]['steps']} steps")
+    figure.suptitle(f"{cells[0]['network']}: training methods against T, accuracy after {max(steps)} steps")
     figure.savefig(path, dpi=120)
 
 
@@ -174,22 +202,27 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--time-steps", nargs="+", type=int, default=[5, 10, 30, 100])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds of training per cell")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=Path("outputs/methods"))
     options = parser.parse_args()
-    if options.steps < 1:
-        parser.error("--steps must be at least 1")
-    cells = []
+    if options.steps < MIN_STEPS:
+        parser.error(f"--steps must be at least {MIN_STEPS}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / "methods.json"
+    where = {**versions(resolve_device(options.device)), "threads": options.threads}
+    cells: list[dict[str, Any]] = json.loads(file.read_text())["cells"] if file.exists() else []
+    done = {(c["network"], c["method"], c["time_steps"], c["seed"]) for c in cells}
     for time_steps in options.time_steps:
         for method in options.methods:
+            if (options.network, method, time_steps, options.seed) in done:
+                continue
             cells.append(in_a_process(options.network, method, time_steps, options))
             print(table(cells[-1:]).splitlines()[-1], flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    where = {**versions(resolve_device(options.device)), "threads": options.threads}
-    (options.output / "methods.json").write_text(json.dumps({**where, "cells": cells}, indent=2) + "\n")
+            file.write_text(json.dumps({**where, "cells": cells}, indent=2) + "\n")
     (options.output / "methods.md").write_text(table(cells))
     try:
         draw(cells, options.output / "methods.png")
