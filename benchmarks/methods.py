@@ -10,6 +10,9 @@ forward of the whole model, counted by `saved_tensors_hooks`. Times are medians 
 idle machine. A cell that would train for longer than --limit seconds stops there: it has its memory and time, and its
 accuracy is stated as not run.
 
+--complete trains the cells that stopped early again, to the end and for their accuracy alone: their memory and time
+stay, so this needs no idle machine.
+
 Writes methods.json after every cell, methods.md and, with matplotlib, methods.png to --output; cells that the folder's
 methods.json has already are not run again.
 """
@@ -19,8 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
-import re
 import statistics
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _common import Peak, in_a_process, markdown
 
 from ide_snn.config import (
     build_dataset,
@@ -52,31 +54,6 @@ METHODS = {
     "bptt, recompute 5": ["method=bptt", "method.recompute=5"],
     "dsr": ["method=dsr"],
 }
-
-
-class Peak:
-    """Bytes above the level at construction."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.start = torch.cuda.memory_allocated(device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present level
-            self.start = _resident("VmRSS")
-
-    def read(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.start
-        return _resident("VmHWM") - self.start
-
-
-def _resident(key: str) -> int:
-    match = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if match is None:
-        raise OSError(f"/proc/self/status has no {key}: memory can be measured on Linux only")
-    return int(match[1]) * 1024
 
 
 def kept_for_backward(model: torch.nn.Module, x: torch.Tensor) -> int:
@@ -141,47 +118,27 @@ def measure(network: str, method: str, time_steps: int, options: argparse.Namesp
     }
 
 
-def _child(connection: Any, *arguments: Any) -> None:
-    connection.send(measure(*arguments))
-
-
-def in_a_process(*arguments: Any) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, *arguments))
-    process.start()
-    sender.close()
-    try:
-        cell: dict[str, Any] = receiver.recv()
-    except EOFError:
-        raise SystemExit(f"error: the process of {arguments[1]}, T = {arguments[2]}, ended without a result") from None
-    process.join()
-    return cell
-
-
 def table(cells: list[dict[str, Any]]) -> str:
-    lines = [
-        "| network | method | T | peak memory, MB | kept for backward, MB | ms per step | test accuracy, % | after steps |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for c in cells:
         accuracy = "not run" if c["test_accuracy"] is None else f"{100 * c['test_accuracy']:.2f}"
-        lines.append(
-            f"| {c['network']} | {c['method']} | {c['time_steps']} | {c['peak_bytes'] / 1e6:.1f} | "
-            f"{c['kept_bytes'] / 1e6:.2f} | {1e3 * c['seconds_per_step']:.1f} | {accuracy} | {c['steps']} |"
-        )
-    return "\n".join(lines) + "\n"
+        rows.append([c["network"], c["method"], str(c["time_steps"]), f"{c['peak_bytes'] / 1e6:.1f}"])
+        rows[-1] += [f"{c['kept_bytes'] / 1e6:.2f}", f"{1e3 * c['seconds_per_step']:.1f}", accuracy, str(c["steps"])]
+    header = ["network", "method", "T", "peak memory, MB", "kept for backward, MB"]
+    return markdown([*header, "ms per step", "test accuracy, %", "after steps"], rows)
 
 
 def draw(cells: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    steps = [c["steps"] for c in cells]
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     values = (
         ("peak memory, MB", lambda c: c["peak_bytes"] / 1e6),
         ("time per step, ms", lambda c: 1e3 * c["seconds_per_step"]),
-        ("test accuracy, %", lambda c: math.nan if c["test_accuracy"] is None else 100 * c["test_accuracy"]),
+        (
+            "test accuracy after the steps, %",
+            lambda c: math.nan if c["test_accuracy"] is None else 100 * c["test_accuracy"],
+        ),
     )
     for axes, (label, value) in zip(figure.subplots(1, 3), values, strict=True):
         for method in dict.fromkeys(c["method"] for c in cells):
@@ -192,7 +149,7 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
         if "accuracy" not in label:
             axes.set_yscale("log")
     figure.axes[0].legend(fontsize=8)
-    figure.suptitle(f"{cells[0]['network']}: training methods against T, accuracy after {max(steps)} steps")
+    figure.suptitle(f"{cells[0]['network']}: training methods against T")
     figure.savefig(path, dpi=120)
 
 
@@ -203,6 +160,7 @@ def main() -> None:
     parser.add_argument("--time-steps", nargs="+", type=int, default=[5, 10, 30, 100])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds of training per cell")
+    parser.add_argument("--complete", action="store_true", help="also train cells that stopped early, for the accuracy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data-dir", required=True)
@@ -213,16 +171,25 @@ def main() -> None:
         parser.error(f"--steps must be at least {MIN_STEPS}")
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "methods.json"
-    where = {**versions(resolve_device(options.device)), "threads": options.threads}
-    cells: list[dict[str, Any]] = json.loads(file.read_text())["cells"] if file.exists() else []
-    done = {(c["network"], c["method"], c["time_steps"], c["seed"]) for c in cells}
+    where = {**versions(resolve_device(options.device)), "threads": options.threads, "steps": options.steps}
+    saved = json.loads(file.read_text()) if file.exists() else where
+    cells: list[dict[str, Any]] = saved.get("cells", [])
+    done = {(c["network"], c["method"], c["time_steps"], c["seed"]): c for c in cells}
     for time_steps in options.time_steps:
         for method in options.methods:
-            if (options.network, method, time_steps, options.seed) in done:
+            cell = done.get((options.network, method, time_steps, options.seed))
+            if cell is not None and not (options.complete and cell["test_accuracy"] is None):
                 continue
-            cells.append(in_a_process(options.network, method, time_steps, options))
-            print(table(cells[-1:]).splitlines()[-1], flush=True)
-            file.write_text(json.dumps({**where, "cells": cells}, indent=2) + "\n")
+            try:
+                found = in_a_process(measure, options.network, method, time_steps, options)
+            except RuntimeError as error:
+                raise SystemExit(f"error: {method}, T = {time_steps}: {error}") from None
+            if cell is None:
+                cells.append(cell := found)
+            else:
+                cell.update({key: found[key] for key in ("test_accuracy", "firing_rate", "train_loss")})
+            print(table([cell]).splitlines()[-1], flush=True)
+            file.write_text(json.dumps({**saved, "cells": cells}, indent=2) + "\n")
     (options.output / "methods.md").write_text(table(cells))
     try:
         draw(cells, options.output / "methods.png")

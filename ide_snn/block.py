@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ide_snn import event_driven
 from ide_snn.bptt import Bptt, Frames, through_time
 from ide_snn.equilibrium import EquilibriumMap
 from ide_snn.implicit import GRADIENTS, Gradient, Implicit, SolveHook, attach_gradient
+from ide_snn.kernels import available
 from ide_snn.layers import Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, step_, time_average
-from ide_snn.simulation import Rates, Record, simulate
+from ide_snn.precision import Precision, require_precision
+from ide_snn.simulation import Path, Rates, Record, simulate
 from ide_snn.solvers import SOLVERS, Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
 
 log = logging.getLogger(__name__)
+PATHS = {"events": "event-driven float32", "fused": "dense products, fused neuron kernel"}  # as the log says them
 SimulationHook = Callable[[Rates], None]
 
 
@@ -39,6 +43,7 @@ class FeedbackSNN(nn.Module):
         gradient: `Implicit`, `Unrolled` or `Bptt`.
         input_has_time: inputs are [T, B, *] (spikes, frames) instead of a constant [B, *].
         check_input: refuse NaN and infinity in the input; costs one synchronisation per forward on a GPU.
+        precision: how the simulation and the products of J are computed, see `ide_snn.precision`.
 
     Shapes: x [B, *] or [T, B, *] -> rates [B, *shape of the last population]; with `Bptt(output="spikes")` its spikes
     [T, B, *].
@@ -59,8 +64,10 @@ class FeedbackSNN(nn.Module):
         gradient: Gradient | Bptt = Implicit(),
         input_has_time: bool = False,
         check_input: bool = True,
+        precision: Precision = "float32",
     ) -> None:
         super().__init__()
+        require_precision(precision)
         _require_kind("solver", solver, tuple(SOLVERS.values()))
         _require_kind("gradient", gradient, (*GRADIENTS.values(), Bptt))
         _require_kind("neuron", neuron, (NeuronParams,))
@@ -73,6 +80,8 @@ class FeedbackSNN(nn.Module):
         self.gradient = gradient
         self.input_has_time = input_has_time
         self.check_input = check_input
+        self.precision: Precision = precision
+        self._path_said: str | None = None
         self._solve_hooks: OrderedDict[int, SolveHook] = OrderedDict()
         self._simulation_hooks: OrderedDict[int, SimulationHook] = OrderedDict()
 
@@ -178,6 +187,27 @@ class FeedbackSNN(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.neuron}, time_steps={self.time_steps}, {self.solver}, {self.gradient}"
 
+    def path_for(self, links: Sequence[FixedConnection], device: torch.device) -> Path:
+        """How a forward over `links` is computed; says so, once, where it is not what `precision` asked for."""
+        if self.precision == "float32":
+            return "dense"
+        if isinstance(self.gradient, Bptt):
+            raise ValueError(f"precision={self.precision} is for implicit differentiation; with Bptt use 'float32'")
+        better: Path = "events"
+        if device.type == "cuda":
+            kernel = available(device)
+            better, reason = "fused", None if kernel.backend == "triton" else kernel.reason
+        elif torch.is_autocast_enabled("cpu"):
+            reason = "autocast is on"
+        else:
+            reason = event_driven.why_not([link.frozen for link in links])
+        message = f"precision={self.precision}: " + (f"dense ({reason})" if reason else PATHS[better])
+        if message != self._path_said:
+            self._path_said = message
+            as_asked = reason is None or reason == event_driven.DENSE_IS_FASTER
+            log.log(logging.INFO if as_asked else logging.WARNING, message)
+        return "dense" if reason else better
+
     def _attach(self, rates: Tensor, f: EquilibriumMap) -> Tensor:
         if not (self.training or torch.is_grad_enabled()):
             return rates
@@ -197,7 +227,9 @@ class FeedbackSNN(nn.Module):
         shapes = self.population_shapes(input_shape)
         like = self._state_like(x)
         links = [
-            connection.prepare(shape, like, generator)
+            connection.prepare(
+                shape, like, generator, channels_last=self.precision != "float32" and like.device.type == "cpu"
+            )
             for connection, shape in zip((self.input, *self.layers, self.feedback), (input_shape, *shapes), strict=True)
         ]
         return _Moment.of(self, x, links, shapes, like.dtype)
@@ -283,14 +315,17 @@ class _Moment:
                 return stage(x[t].detach().to(dtype))
 
         frames = Frames(x, mean_input, first) if block.input_has_time else None
-        return cls(block, EquilibriumMap(feedback, tuple(layers), drive, block.neuron), value, at, shapes, frames)
+        path = block.path_for((feedback, *layers), value.device)
+        f = EquilibriumMap(feedback, tuple(layers), drive, block.neuron, path)
+        return cls(block, f, value, at, shapes, frames)
 
     def simulate(self, record: Record) -> Rates:
         feedback, layers = self.map.feedback.frozen, [layer.frozen for layer in self.map.layers]
         drive = self.drive_value if self.drive_at is None else self.drive_at
         neuron, gradient = self.block.neuron, self.block.gradient
         advance = gradient.firing(neuron).step_ if isinstance(gradient, Bptt) else step_
-        return simulate(drive, layers, feedback, self.shapes, neuron, self.block.time_steps, record, advance)
+        steps, path = self.block.time_steps, self.map.path
+        return simulate(drive, layers, feedback, self.shapes, neuron, steps, record, advance, path)
 
     def through_time(self, gradient: Bptt, record: Record) -> tuple[Rates, Tensor]:
         return through_time(gradient, self.map, self.frames, self.shapes, self.block.time_steps, record)

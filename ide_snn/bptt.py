@@ -30,6 +30,7 @@ from ide_snn.equilibrium import EquilibriumMap
 from ide_snn.layers import FixedConnection
 from ide_snn.links import Folded, Link, Own, State, Statistics, make_link
 from ide_snn.neurons import NeuronParams
+from ide_snn.normalization import batch_moments
 from ide_snn.simulation import Rates, Record, simulate
 from ide_snn.spiking import Firing, Reset, pack_bits, require_choice, require_steps, unpack_bits
 from ide_snn.surrogate import ATan, Surrogate
@@ -106,7 +107,7 @@ class Frames:
         if bn is not None and bn.training:
             assert self.stage.weight is not None  # known connections have one
             y = operator.apply(self.mean, self.stage.weight, self.stage.bias)
-            var, mean = torch.var_mean(y, [d for d in range(y.dim()) if d != 1], correction=0)
+            mean, var, _ = batch_moments(bn, y)
             statistics = mean, var
         return Folded(self.stage, statistics)
 

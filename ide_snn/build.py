@@ -26,6 +26,7 @@ from ide_snn.implicit import GRADIENTS, Gradient
 from ide_snn.models import FeedbackClassifier, SNNIDEConvMultiLayerNet, SNNIDEConvNet, SNNIDEFCNet
 from ide_snn.neurons import NeuronParams
 from ide_snn.optim import OPTIMIZERS, SCHEDULES, Schedule
+from ide_snn.precision import require_precision
 from ide_snn.schemas import (
     Config,
     ConvModelConfig,
@@ -138,8 +139,11 @@ def build_model(config: Config) -> FeedbackClassifier | DSRClassifier:
         return _build_dsr(config, config.method, shape, common)
     network = _choose("model.network", NETWORKS, config.model.network)
     parts = {"neuron": build_neuron(config), "solver": build_solver(config), "gradient": build_gradient(config)}
+    precision = config.precision.name if config.method.name == "ide" else "float32"
+    with _naming("precision"):
+        require_precision(precision)
     with _naming("model"):
-        return network(shape, classes, **options(config.model), **parts, **common)
+        return network(shape, classes, **options(config.model), precision=precision, **parts, **common)
 
 
 def _build_dsr(config: Config, method: DSRConfig, shape: tuple[int, ...], common: dict[str, Any]) -> DSRClassifier:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ from ide_snn.build import (
 )
 from ide_snn.config_errors import ConfigError, explain, one_error, refuse_added_keys
 from ide_snn.data import DataError
+from ide_snn.distributed import RankError, environment_rank
 from ide_snn.schemas import SCHEMAS, TOOLS, Config
 
 __all__ = [
@@ -73,8 +75,10 @@ __all__ = [
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 RESUME = ("none", "auto")
-# groups that configurations saved by version 0.1 lack; their first members are what that version did
-NEW_GROUPS = {"method", "surrogate", "encoder"}
+# errors whose message is meant for the user
+EXPECTED = (HydraException, OmegaConfBaseException, ValueError, ArithmeticError, OSError, ImportError, RankError)
+# groups that configurations saved by version 0.1 lack; these members are what that version did
+NEW_GROUPS = {"method": "ide", "surrogate": "atan", "encoder": "direct", "precision": "float32"}
 T = TypeVar("T")
 
 
@@ -144,6 +148,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"trainer.gradient_clip must be positive or null, got {trainer.gradient_clip}")
     if not 0 <= trainer.label_smoothing < 1:
         raise ConfigError(f"trainer.label_smoothing must lie in [0, 1), got {trainer.label_smoothing}")
+    if not trainer.process_timeout > 0:
+        raise ConfigError(f"trainer.process_timeout must be positive (seconds), got {trainer.process_timeout}")
     if trainer.threads is not None and trainer.threads < 1:
         raise ConfigError(f"trainer.threads must be at least 1 or null, got {trainer.threads}")
     if config.seed < 0:
@@ -173,8 +179,8 @@ def config_from_dict(content: Mapping[str, Any]) -> Config:
     Raises ConfigError where they do not fit the schemas.
     """
     sections: dict[str, Any] = {}
-    if not set(content) >= NEW_GROUPS:
-        defaults = config_to_dict(load_config())
+    if not set(content) >= set(NEW_GROUPS):
+        defaults = config_to_dict(load_config([f"{group}={member}" for group, member in NEW_GROUPS.items()]))
         content = {**{group: defaults[group] for group in NEW_GROUPS}, **content}
     for group, members in SCHEMAS.items():
         section = content.get(group)
@@ -197,8 +203,19 @@ def to_yaml(config: Any) -> str:
 
 
 def run_dir_of_this_job() -> Path:
-    """hydra.run.dir, or the job's folder of a sweep."""
+    """hydra.run.dir, or the job's folder of a sweep; of several processes that of rank 0 counts."""
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+@contextmanager
+def _folder_of_this_rank() -> Iterator[None]:
+    """Of several processes only rank 0 leaves Hydra's folder behind: that of any other is a temporary one."""
+    if environment_rank() == 0:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="ide_snn_", ignore_cleanup_errors=True) as folder:
+        sys.argv += [f"hydra.run.dir='{folder}'", f"hydra.sweep.dir='{folder}'"]
+        yield
 
 
 def run_app(main: Callable[[], object]) -> None:
@@ -208,13 +225,14 @@ def run_app(main: Callable[[], object]) -> None:
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting
     try:
-        main()
+        with _folder_of_this_rank():
+            main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of the output has gone, as in `... --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except (HydraException, OmegaConfBaseException, ValueError, ArithmeticError, OSError, ImportError) as error:
+    except EXPECTED as error:
         if wants_traceback:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)

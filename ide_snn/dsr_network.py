@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ide_snn.dropout import VariationalDropout
 from ide_snn.dsr import DSRIFNode, DSRNode
 from ide_snn.layers import Connection
 from ide_snn.models import initialise
-from ide_snn.optimizations import VariationalDropout
 
 __all__ = ["DSRClassifier", "DSRConvNet", "DSRFCNet", "DSROptions", "DSRStage"]
 

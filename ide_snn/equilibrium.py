@@ -18,10 +18,21 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from ide_snn.layers import Affine, FixedConnection, Statistics
+from ide_snn.event_driven import EventMap
+from ide_snn.layers import Affine, FixedConnection
 from ide_snn.neurons import NeuronParams, sigma, sigma_mask
+from ide_snn.normalization import Statistics
+from ide_snn.simulation import Path
 
 Products = Literal["auto", "analytic", "autograd"]
+
+
+class LinearMap(Protocol):
+    """The linear part of a connection and its adjoint, such as `Affine`."""
+
+    def linear(self, x: Tensor) -> Tensor: ...
+
+    def adjoint(self, y: Tensor, scale: Tensor | None = None) -> Tensor: ...
 
 
 class Linearisation(Protocol):
@@ -44,12 +55,14 @@ class EquilibriumMap:
         feedback, layers: the recurrent connections, fixed for this forward.
         drive: Xbar [B, *], with its graph to the input stage.
         neuron: threshold and leak (f depends on the threshold only).
+        path: how the analytic products of J are computed; "events" skips the zeros of the slopes.
     """
 
     feedback: FixedConnection
     layers: Sequence[FixedConnection]
     drive: Tensor
     neuron: NeuronParams
+    path: Path = "dense"
 
     @property
     def chain(self) -> tuple[FixedConnection, ...]:
@@ -108,13 +121,15 @@ class EquilibriumMap:
 
         Each slope sigma'(z_i) / V_th takes in the dropout gain of the connection before it.
         """
-        maps, slopes = [], []
+        maps: list[LinearMap] = []
+        slopes = []
         for link, z in zip(self.chain, activations, strict=True):
             affine = link.frozen
             assert isinstance(affine, Affine)  # callers have seen that all connections are known
             slope = sigma_mask(z.detach()).to(torch.promote_types(z.dtype, torch.float32)).div_(self.neuron.v_threshold)
             slopes.append(slope if affine.gain is None else slope.mul_(affine.gain))
-            maps.append(replace(affine, gain=None))
+            plain = replace(affine, gain=None)
+            maps.append(EventMap(plain) if self.path == "events" else plain)
         return AnalyticLinearisation(tuple(maps), tuple(slopes))
 
     @torch.no_grad()
@@ -129,7 +144,7 @@ class EquilibriumMap:
 class AnalyticLinearisation:
     """Products by the connections' own adjoints; `slopes` are gain_i sigma'(z_i) / V_th."""
 
-    maps: tuple[Affine, ...]
+    maps: tuple[LinearMap, ...]
     slopes: tuple[Tensor, ...]
 
     def matvec(self, w: Tensor) -> Tensor:
@@ -141,7 +156,7 @@ class AnalyticLinearisation:
     def rmatvec(self, v: Tensor) -> Tensor:
         with torch.no_grad():
             for link, slope in zip(reversed(self.maps), reversed(self.slopes), strict=True):
-                v = link.adjoint(v * slope)
+                v = link.adjoint(v, slope)
         return v
 
 

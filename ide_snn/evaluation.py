@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ide_snn.monitor import BlockMonitor
+from ide_snn.distributed import Ranks
+from ide_snn.monitor import BlockMonitor, merged
 
 __all__ = ["Batch", "Evaluation", "Totals", "device_of", "evaluate", "run_evaluation", "show_bar"]
 
@@ -41,11 +43,8 @@ class Totals:
         self.correct += (logits.detach().argmax(1) == labels).sum()
         self.samples += len(labels)
 
-    def means(self) -> tuple[float, float]:
-        """(loss, accuracy); the only place that waits for the device."""
-        return float(self.loss) / self.samples, float(self.correct) / self.samples
-
     def state_dict(self) -> dict[str, float | int]:
+        """The sums; the only place that waits for the device."""
         return {"loss": float(self.loss), "correct": int(self.correct), "samples": self.samples}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -54,41 +53,71 @@ class Totals:
         self.samples = state["samples"]
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch], *, progress: bool | None = False) -> Evaluation:
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], *, progress: bool | None = False, ranks: Ranks = Ranks()
+) -> Evaluation:
     """Accuracy, loss and firing rates of `model` in evaluation mode; its mode is put back afterwards.
 
-    `progress`: show a bar; None means only on a terminal.
+    Args:
+        model: gives logits [B, classes].
+        batches: what to evaluate on.
+        progress: show a bar; None means only on a terminal.
+        ranks: processes that share the work; all of them have to call this, with the same batches, and get the result.
     """
-    result = run_evaluation(model, batches, "evaluating", progress, stop=lambda: False)
+    result = run_evaluation(model, batches, "evaluating", progress, lambda: False, ranks)
     assert result is not None  # nothing asks it to stop
     return result
 
 
 def run_evaluation(
-    model: nn.Module, batches: Iterable[Batch], title: str, progress: bool | None, stop: Callable[[], bool]
+    model: nn.Module,
+    batches: Iterable[Batch],
+    title: str,
+    progress: bool | None,
+    stop: Callable[[], bool],
+    ranks: Ranks = Ranks(),
 ) -> Evaluation | None:
-    """As `evaluate`; None if asked to stop before the end."""
+    """As `evaluate`; None if `stop`, asked after each batch by all ranks alike, says so before the end."""
     device = device_of(model)
     totals = Totals(device)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), BlockMonitor(model, firing_rates=True) as monitor:
-            for x, y in show_bar(batches, title, progress):
-                x, y = x.to(device), y.to(device)
-                logits = model(x)
-                totals.add(F.cross_entropy(logits, y), logits, y)
-                monitor.count(len(y))
+            count = len(batches) if isinstance(batches, Sized) else None
+            for x, y in show_bar(_own(batches, ranks), title, progress, count):
+                if len(y):
+                    x, y = x.to(device), y.to(device)
+                    logits = model(x)
+                    totals.add(F.cross_entropy(logits, y), logits, y)
+                    monitor.count(len(y))
                 if stop():
                     return None
     finally:
         model.train(was_training)
-    if not totals.samples:
+    sums = merged(ranks.gather(totals.state_dict()))
+    samples = int(sums["samples"])
+    if not samples:
         raise ValueError(
             "there is no batch to evaluate on: pass a loader or a list, an iterator is used up after one pass"
         )
-    loss, accuracy = totals.means()
-    return Evaluation(accuracy, loss, monitor.firing_rate(), totals.samples)
+    return Evaluation(sums["correct"] / samples, sums["loss"] / samples, monitor.firing_rate(ranks), samples)
+
+
+def _own(batches: Iterable[Batch], ranks: Ranks) -> Iterator[Batch]:
+    """This rank's part of every batch; of batches that cannot be divided, some whole ones.
+
+    Equally many on all ranks, so that parts can be empty.
+    """
+    if ranks.is_alone:
+        yield from batches
+    elif hasattr(batches, "shared"):
+        yield from batches.shared(ranks)
+    else:
+        iterator = iter(batches)
+        while group := list(itertools.islice(iterator, ranks.count)):
+            x, y = group[min(ranks.rank, len(group) - 1)]
+            yield (x, y) if ranks.rank < len(group) else (x[:0], y[:0])
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -105,7 +105,7 @@ def attach_gradient(
         return rates
     if jacobian is None:
         jacobian = AutogradLinearisation(point, image) if by_graph else f.linearise_by(activations)
-    splice: Tensor = _FixedPointGradient.apply(image, rates, jacobian, solver, couples, hooks)
+    splice: Tensor = _FixedPointGradient.apply(image, rates, jacobian, solver, couples, hooks, f.path == "events")
     return splice
 
 
@@ -132,21 +132,26 @@ class _FixedPointGradient(torch.autograd.Function):
         solver: Solver,
         coupled: bool,
         hooks: tuple[SolveHook, ...],
+        native: bool,
     ) -> Tensor:
         ctx.solve = jacobian, solver, coupled, hooks
+        ctx.channels_last = rates.dim() == 4 and rates.is_contiguous(memory_format=torch.channels_last)
+        ctx.native = native
         return rates.clone()  # a view would refuse in-place operations behind the block
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         jacobian, solver, coupled, hooks = ctx.solve
+        if ctx.channels_last:  # as the slopes: every product would convert it
+            cotangent = cotangent.contiguous(memory_format=torch.channels_last)
         with torch.autocast(cotangent.device.type, enabled=False):
-            solution = solve(LinearProblem(jacobian.rmatvec, cotangent, coupled), solver)
+            solution = solve(LinearProblem(jacobian.rmatvec, cotangent, coupled, ctx.native), solver)
         for hook in hooks:
             hook(solution)
         if solution.outcome is not Outcome.converged:
             warn_about(solution.outcome, solver)
-        return solution.value, None, None, None, None, None
+        return solution.value, None, None, None, None, None, None
 
 
 def warn_about(outcome: Outcome, solver: Solver) -> None:

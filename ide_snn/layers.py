@@ -11,22 +11,28 @@ fixed and shared by all time steps, by the equilibrium map f and by its Jacobian
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ide_snn.dropout import VariationalDropout
+from ide_snn.normalization import (
+    BatchNorm,
+    Statistics,
+    batch_moments,
+    batch_norm_for,
+    batch_norm_scope,
+    fold,
+    frozen_statistics,
+    normalise,
+)
 from ide_snn.operators import KNOWN_MODULES, Operator
-from ide_snn.optimizations import VariationalDropout, constrain, get_constraint, raw_weight, update_constraints
-
-Statistics = Literal["batch", "running"]
-BatchNorm = nn.modules.batchnorm._BatchNorm
+from ide_snn.optimizations import constrain, get_constraint, raw_weight, update_constraints
 
 
 class Connection(nn.Module):
@@ -77,7 +83,7 @@ class Connection(nn.Module):
         self.op = op
         self._operator = Operator.of(op) if known else None
         self.pool = pool
-        self.bn = _batch_norm_for(op) if batch_norm else None
+        self.bn = batch_norm_for(op) if batch_norm else None
         self.dropout = VariationalDropout(dropout)
         if constraint != "none":
             constrain(op, constraint, bound=bound, input_size=input_size, generator=generator)
@@ -115,7 +121,12 @@ class Connection(nn.Module):
         return self.prepare(tuple(x.shape[1:]), x).respond(x, "batch", update_running=True)
 
     def prepare(
-        self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
+        self,
+        shape: tuple[int, ...],
+        like: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        channels_last: bool = False,
     ) -> FixedConnection:
         """Fixes this connection for one forward: advances its constraints, computes its weight, draws its gain.
 
@@ -123,13 +134,16 @@ class Connection(nn.Module):
             shape: of the input, without the batch.
             like: a tensor [B, *] of the state's dtype and device; only B, dtype and device are read.
             generator: for the dropout gain.
+            channels_last: memory layout of the gain of a convolution.
         """
         if self.training:
             update_constraints(self)
             if not self.is_known:
                 _advance_parametrizations(self.op)
         output = self.output_shape(shape)
-        gain = self.dropout.draw(like.new_empty(like.shape[0], *output), generator)
+        layout = torch.channels_last if channels_last and len(output) == 3 else torch.contiguous_format
+        template = torch.empty(len(like), *output, dtype=like.dtype, device=like.device, memory_format=layout)
+        gain = self.dropout.draw(template, generator)
         weight = self.op.weight if self.is_known else None
         bias = self.op.bias if self.is_known else None
         return FixedConnection(self, weight, bias, gain, shape, output)  # type: ignore[arg-type]
@@ -201,7 +215,7 @@ class FixedConnection:
             assert self.weight is not None  # known connections have one
             y = owner.operator.apply(x, self.weight, self.bias)
         if owner.bn is not None:
-            y = _normalise(owner.bn, y, statistics, update_running=update_running)
+            y = normalise(owner.bn, y, statistics, update_running=update_running)
         if owner.pool > 1:
             y = F.avg_pool2d(y, owner.pool)
         return y if self.gain is None else y * self.gain
@@ -224,7 +238,7 @@ class FixedConnection:
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         if owner.bn is not None:
             with torch.no_grad():
-                scale, shift = _fold(owner.bn, moments)
+                scale, shift = fold(owner.bn, moments)
             weight = weight * owner.operator.per_output(scale)
             bias = shift if bias is None else bias * scale + shift
         return Affine(owner.operator, weight, bias, owner.pool, self.gain, self.input_shape)
@@ -236,7 +250,7 @@ class FixedConnection:
             return None
         with torch.no_grad():
             y = self.connection.operator.apply(x, self.weight, self.bias)
-            var, mean = torch.var_mean(y, [d for d in range(y.dim()) if d != 1], correction=0)
+            mean, var, _ = batch_moments(bn, y)
         return mean, var
 
 
@@ -263,8 +277,10 @@ class Affine:
             y = F.avg_pool2d(y, self.pool)
         return y if self.gain is None else y.mul_(self.gain)
 
-    def adjoint(self, y: Tensor) -> Tensor:
-        """K^T pool^T (gain * y); y is not modified."""
+    def adjoint(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
+        """K^T pool^T (gain * scale * y); y is not modified."""
+        if scale is not None:
+            y = y * scale
         if self.gain is not None:
             y = y * self.gain
         if self.pool > 1:
@@ -289,38 +305,6 @@ class OpaqueAffine:
     @property
     def is_silent_at_zero(self) -> bool:
         return False
-
-
-@contextmanager
-def batch_norm_scope(module: nn.Module, statistics: Statistics, *, update_running: bool) -> Iterator[None]:
-    """Runs a user's module with the statistics asked for; modes and buffers are restored exactly.
-
-    Everything but batch norm is in evaluation mode, so that constraints inside advance only in `prepare`.
-    """
-    modes = [(m, m.training) for m in module.modules()]
-    norms = [m for m, training in modes if isinstance(m, BatchNorm) and training]
-    tracking = [(m, m.track_running_stats, m.running_mean, m.running_var) for m in norms]
-    try:
-        for m, _ in modes:
-            m.training = False
-        for norm in norms:
-            norm.training = statistics == "batch"
-            if statistics == "running":
-                norm.running_mean, norm.running_var = _copy(norm.running_mean), _copy(norm.running_var)
-            elif not update_running:
-                norm.running_mean = norm.running_var = None
-                norm.track_running_stats = False
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
-        for norm, tracks, mean, var in tracking:
-            norm.track_running_stats, norm.running_mean, norm.running_var = tracks, mean, var
-
-
-def frozen_statistics(module: nn.Module) -> AbstractContextManager[None]:
-    """Scope in which batch norms in `module` use, and do not touch, their running statistics."""
-    return batch_norm_scope(module, "running", update_running=False)
 
 
 def cached_weights() -> AbstractContextManager[None]:
@@ -351,34 +335,6 @@ def _advance_parametrizations(op: nn.Module) -> None:
         if parametrize.is_parametrized(module) and get_constraint(module) is None:
             for name in module.parametrizations:  # type: ignore[union-attr]
                 getattr(module, name)
-
-
-def _batch_norm_for(op: nn.Module) -> BatchNorm:
-    if isinstance(op, nn.Linear):
-        return nn.BatchNorm1d(op.out_features)
-    return nn.BatchNorm2d(op.out_channels)  # type: ignore[arg-type]
-
-
-def _normalise(bn: BatchNorm, y: Tensor, statistics: Statistics, *, update_running: bool) -> Tensor:
-    if not bn.training or (statistics == "batch" and update_running):
-        return bn(y)
-    by_batch = statistics == "batch"
-    mean, var = (None, None) if by_batch else (_copy(bn.running_mean), _copy(bn.running_var))
-    return F.batch_norm(y, mean, var, bn.weight, bn.bias, by_batch, 0.0, bn.eps)
-
-
-def _copy(statistic: Tensor | None) -> Tensor | None:
-    """Graphs built with running statistics outlive their update in the same forward: they get their own copy."""
-    return None if statistic is None else statistic.clone()
-
-
-def _fold(bn: BatchNorm, moments: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """(scale, shift) per channel with BN(y) = scale * y + shift."""
-    mean, var = (bn.running_mean, bn.running_var) if moments is None else moments
-    assert mean is not None  # connections create their batch norms with running statistics
-    assert var is not None
-    scale = bn.weight.detach() * torch.rsqrt(var + bn.eps)
-    return scale, bn.bias.detach() - mean * scale
 
 
 def _pooled(shape: tuple[int, ...], pool: int) -> tuple[int, ...]:

@@ -22,7 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from ide_snn.layers import Affine, BatchNorm, FixedConnection, batch_norm_scope
+from ide_snn.layers import Affine, FixedConnection
+from ide_snn.normalization import (
+    BatchNorm,
+    batch_count,
+    batch_moments,
+    batch_norm_scope,
+    normalise_by_batch,
+    update_running_statistics,
+)
 from ide_snn.spiking import operator_gradients
 
 State = tuple[Tensor, ...]
@@ -158,7 +166,7 @@ class PerStep(Link):
         assert operator is not None  # a known connection
         weight, gamma, beta, *bias = tensors
         y = operator.apply(s, weight, bias[0] if bias else None)
-        return self._finish(F.batch_norm(y, None, None, gamma, beta, True, 0.0, bn.eps)), state
+        return self._finish(normalise_by_batch(bn, y, gamma, beta)), state
 
 
 class TimeBatch(Link):
@@ -180,7 +188,7 @@ class TimeBatch(Link):
         assert operator is not None  # a known connection
         weight, gamma, beta, *bias = tensors
         y = operator.apply(s, weight, bias[0] if bias else None).to(weight.dtype)
-        now_var, now_mean = torch.var_mean(y, [d for d in range(y.dim()) if d != 1], correction=0)
+        now_mean, now_var, _ = batch_moments(bn, y)
         # two sets of samples joined (Chan, Golub & LeVeque 1979); the new one is 1 / (t + 1) of all
         share, (mean, var) = 1 / (t + 1), state
         step = now_mean - mean
@@ -193,13 +201,8 @@ class TimeBatch(Link):
     def finish(self, state: State, steps: int, batch: int) -> None:
         operator, bn, (mean, var) = self.fixed.connection.operator, _batch_norm(self.fixed), state
         assert operator is not None  # a known connection
-        if bn.running_mean is None or bn.running_var is None or bn.num_batches_tracked is None:
-            return  # it tracks nothing
-        samples = steps * batch * math.prod(operator.output_shape(self.fixed.input_shape)[1:])
-        bn.num_batches_tracked.add_(1)
-        momentum = 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-        bn.running_mean.lerp_(mean, momentum)
-        bn.running_var.lerp_(var * (samples / max(samples - 1, 1)), momentum)
+        values = steps * batch * math.prod(operator.output_shape(self.fixed.input_shape)[1:])
+        update_running_statistics(bn, mean, var, batch_count(bn, mean.new_full((1,), values)))
 
 
 class Own(Link):

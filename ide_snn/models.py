@@ -27,6 +27,7 @@ from ide_snn.implicit import Gradient, Implicit
 from ide_snn.layers import Connection
 from ide_snn.neurons import NeuronParams, time_average
 from ide_snn.operators import KNOWN_MODULES, Operator
+from ide_snn.precision import Precision
 from ide_snn.solvers import Gmres, Solver
 from ide_snn.spiking import apply_to_spikes
 
@@ -46,6 +47,7 @@ class NetworkOptions:
         batch_norm: batch norm behind the input stage and every connection of the chain (never the feedback).
         input_has_time: inputs are [T, B, C, H, W].
         check_input: refuse NaN and infinity in the input.
+        precision: of the simulation and the products of J, see `ide_snn.precision`.
         generator: draws the initial weights.
     """
 
@@ -59,6 +61,7 @@ class NetworkOptions:
     batch_norm: bool = True
     input_has_time: bool = False
     check_input: bool = True
+    precision: Precision = "float32"
     generator: torch.Generator | None = None
 
     def connection(self, op: nn.Module) -> Connection:
@@ -89,6 +92,7 @@ class NetworkOptions:
             gradient=self.gradient,
             input_has_time=self.input_has_time,
             check_input=self.check_input,
+            precision=self.precision,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ide_snn.block import FeedbackSNN
+from ide_snn.distributed import Ranks
 from ide_snn.dsr import DSRNode, record_firing_rates
 from ide_snn.simulation import Rates
 from ide_snn.solvers import Outcome, Solution
 
-__all__ = ["BlockMonitor", "feedback_blocks", "feedback_diagnostics"]
+__all__ = ["BlockMonitor", "feedback_blocks", "feedback_diagnostics", "merged", "solver_figures"]
 
 
 def feedback_blocks(model: nn.Module) -> dict[str, FeedbackSNN]:
@@ -99,25 +100,17 @@ class BlockMonitor:
             total = self._rates.get(key)
             self._rates[key] = rate.double() * batch + (0.0 if total is None else total)
 
-    def firing_rate(self) -> dict[str, float]:
-        """Mean spikes per neuron and step of each population, by name."""
-        return dict(self._named_rates())
-
-    def _named_rates(self) -> Iterator[tuple[str, float]]:
-        for key, total in self._rates.items():
-            for index, value in enumerate((total / self._samples).tolist(), start=1):
-                yield f"{key}population_{index}", value
-
-    def solver(self) -> dict[str, int | float]:
-        """Figures of the solves so far; empty when there was none."""
-        if not self.solves:
-            return {}
+    def firing_rate(self, ranks: Ranks = Ranks()) -> dict[str, float]:
+        """Mean spikes per neuron and step of each population, by name, over the samples of all ranks."""
+        samples = sum(ranks.gather(self._samples))
+        totals: dict[str, Tensor] = {}
+        for own in ranks.gather({key: total.cpu() for key, total in self._rates.items()}):
+            for key, total in own.items():
+                totals[key] = totals[key] + total if key in totals else total
         return {
-            "solver_steps_mean": self.steps / self.solves,
-            "solver_steps_max": self.max_steps,
-            "solver_residual_mean": self.residual / self.solves,
-            "solver_residual_max": self.max_residual,
-            "solver_failures": self.failures,
+            f"{key}population_{index}": value
+            for key, total in totals.items()
+            for index, value in enumerate((total / samples).tolist(), start=1)
         }
 
     def state_dict(self) -> dict[str, int | float]:
@@ -130,3 +123,22 @@ class BlockMonitor:
 
 
 _COUNTERS = ("solves", "failures", "steps", "max_steps", "residual", "max_residual")
+
+
+def solver_figures(counts: Mapping[str, int | float]) -> dict[str, int | float]:
+    """Figures of the solves that a monitor has counted; empty when there was none."""
+    solves = counts["solves"]
+    if not solves:
+        return {}
+    return {
+        "solver_steps_mean": counts["steps"] / solves,
+        "solver_steps_max": counts["max_steps"],
+        "solver_residual_mean": counts["residual"] / solves,
+        "solver_residual_max": counts["max_residual"],
+        "solver_failures": counts["failures"],
+    }
+
+
+def merged(counts: Sequence[Mapping[str, int | float]]) -> dict[str, int | float]:
+    """The counts of all ranks together: sums, but the largest of what is a maximum."""
+    return {key: (max if key.startswith("max_") else sum)(own[key] for own in counts) for key in counts[0]}

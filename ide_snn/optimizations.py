@@ -1,4 +1,4 @@
-"""Constraints on the feedback weight, as torch parametrizations, and variational dropout.
+"""Constraints on the feedback weight, as torch parametrizations.
 
     W_fb = clip(alpha, -c, c) W / ||W||           alpha learnable, stored unclipped, clipped in use
 
@@ -349,37 +349,6 @@ def remove_constraint(module: nn.Module) -> nn.Module:
     for key in [k for k, hook in hooks.items() if hook is _update_before_training_forward]:
         del hooks[key]
     return parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-
-
-class VariationalDropout(nn.Module):
-    """Dropout whose mask is drawn once and then shared by all time steps of a forward.
-
-    Called on a tensor it is ordinary dropout; `draw` gives the gain mask / (1 - p) to reuse.
-    Source: Gal & Ghahramani, NeurIPS 2016; Xiao et al., NeurIPS 2021, appendix on training details.
-
-    Raises:
-        ValueError: for p outside [0, 1).
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout probability must lie in [0, 1), got {p}")
-        self.p = p
-
-    def draw(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
-        """Gain in {0, 1/(1-p)} of the shape, type, device and layout of `like`; None where it would be 1."""
-        if not self.training or self.p == 0:
-            return None
-        keep = torch.empty_like(like, requires_grad=False).bernoulli_(1 - self.p, generator=generator)
-        return keep.div_(1 - self.p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gain = self.draw(x)
-        return x if gain is None else x * gain
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
 
 
 def _check_weight(weight: Tensor) -> None:

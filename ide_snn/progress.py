@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
+from ide_snn.distributed import Ranks, Share
 from ide_snn.evaluation import Batch
 
-__all__ = ["Batches", "FitResult", "Progress", "describe", "random_state", "set_random_state"]
+__all__ = ["Batches", "FitResult", "Progress", "SharedBatches", "describe", "random_state", "set_random_state"]
 
 
 class Batches(Sized, Protocol):
@@ -19,11 +21,25 @@ class Batches(Sized, Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
 
 
+@runtime_checkable
+class SharedBatches(Batches, Protocol):
+    """Batches that several processes can divide, such as a `DeviceLoader`."""
+
+    def shared(self, ranks: Ranks) -> SharedBatches:
+        """The same batches, each without what is not this rank's."""
+        ...
+
+    def shares(self, start: int = 0) -> Iterator[Share]:
+        """Which part of each batch of an epoch that is, without the first `start` batches."""
+        ...
+
+
 @dataclass(frozen=True)
 class FitResult:
     """How a run stands after `fit`, in fractions and seconds; accuracies are None before the first evaluation.
 
     The best epoch is chosen on `best_selected_on`: the validation split, or the test set where there is none.
+    Each of several processes solves for its share of a batch, and `solves` counts all of these.
     `interrupted` is the signal that stopped the run; `already_finished` says that nothing was left to do.
     """
 
@@ -40,6 +56,25 @@ class FitResult:
     solver_failures: int
     interrupted: int | None = None
     already_finished: bool = False
+
+    @classmethod
+    def of(cls, progress: Progress, model: nn.Module, *, best_selected_on: str, **ending: Any) -> FitResult:
+        """Of a run that stands like this."""
+        last = progress.rows[-1] if progress.rows else {"test_accuracy": None, "test_loss": None}
+        return cls(
+            test_accuracy_last=last["test_accuracy"],
+            test_accuracy_best=progress.test_accuracy_best,
+            best_epoch=progress.best_epoch,
+            best_selected_on=best_selected_on,
+            test_loss=last["test_loss"],
+            epochs=progress.epoch,
+            seconds=progress.seconds,
+            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            neurons=getattr(model, "num_neurons", None),
+            solves=progress.solves,
+            solver_failures=progress.solver_failures,
+            **ending,
+        )
 
 
 @dataclass

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from ide_snn.config import (
     to_yaml,
 )
 from ide_snn.data import Dataset, Normalization, load_image, to_input
+from ide_snn.distributed import Ranks, in_job, local_rank, process_group
 from ide_snn.dsr_network import DSRClassifier
 from ide_snn.evaluation import evaluate
 from ide_snn.models import FeedbackClassifier
@@ -43,22 +47,34 @@ log = logging.getLogger(__name__)
 def train(config: Config, run_dir: Path) -> FitResult:
     """Train as configured; checkpoints, metrics.csv, result.json, config.yaml and the rest go to `run_dir`.
 
+    In a process that torchrun started this is one of the ranks of the job, and `run_dir` is that of rank 0.
+
     Raises:
         ConfigError, DataError, CheckpointError, NonFiniteLossError: with a message that says what to change.
+        RankLostError, RankError: another process has ended, or has other weights.
     """
     device = _prepare_device(config.device)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
+    with process_group(device, config.trainer.process_timeout) as ranks, _quiet_but_first(ranks):
+        if not ranks.is_alone:
+            run_dir = Path(ranks.from_first(str(run_dir.resolve())))
+        return _train(config, run_dir, device, ranks)
+
+
+def _train(config: Config, run_dir: Path, device: torch.device, ranks: Ranks) -> FitResult:
     schedule = build_schedule(config)
     torch.manual_seed(config.seed)
     model = build_model(config)
     optimizer = build_optimizer(config, model.to(device))
-    dataset = build_dataset(config)
+    dataset = _load_in_turn(config, ranks)
     loaders = build_loaders(config, dataset, device)
     log.info("%s: %d parameters on %s; everything goes to %s", config.name, _count(model), device, run_dir)
-    _warn_about_idle_options(config)
+    if ranks.is_first:
+        _warn_about_idle_options(config)
+        _warn_about_threads()
     new = not (run_dir / "checkpoints" / "last.pt").exists()
-    if new:
+    if new and ranks.is_first:
         _write_record(config, run_dir, device)
     result = fit(
         model,
@@ -71,6 +87,9 @@ def train(config: Config, run_dir: Path) -> FitResult:
         accumulation=config.trainer.accumulation,
         gradient_clip=config.trainer.gradient_clip,
         label_smoothing=config.trainer.label_smoothing,
+        seed=config.seed,
+        sync_bn=config.trainer.sync_bn,
+        ranks=ranks,
         run_dir=run_dir,
         resume=config.resume == "auto",
         config=config_to_dict(config),
@@ -81,24 +100,75 @@ def train(config: Config, run_dir: Path) -> FitResult:
     )
     if result.interrupted is not None:
         log.info("stopped; to go on, repeat the command with: resume=auto hydra.run.dir=%s", run_dir)
-        return result
-    if not new and not result.already_finished:
-        _write_record(config, run_dir, device)
-    _write_result(result, config, dataset, run_dir)
+    elif ranks.is_first:
+        if not new and not result.already_finished:
+            _write_record(config, run_dir, device)
+        _write_result(result, config, dataset, run_dir)
     return result
 
 
+@contextmanager
+def _quiet_but_first(ranks: Ranks) -> Iterator[None]:
+    """Ranks other than the first log warnings only."""
+    logger = logging.getLogger("ide_snn")
+    level = logger.level
+    if not ranks.is_first:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _load_in_turn(config: Config, ranks: Ranks) -> Dataset:
+    """The data; on each machine one process downloads, decodes and caches what the others then find."""
+    dataset = build_dataset(config) if local_rank() == 0 else None
+    ranks.wait()
+    return build_dataset(config) if dataset is None else dataset
+
+
 def _prepare_device(name: str) -> torch.device:
-    """The device; on a GPU, float32 convolutions in full precision, which torch by default rounds to TF32."""
+    """The device; on a GPU, float32 convolutions in full precision, which torch by default rounds to TF32.
+
+    Of several processes each has the GPU of its number on the machine.
+
+    Raises:
+        ConfigError: there is no such device, or no GPU of its own for each process.
+    """
     device = resolve_device(name)
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
-    return device
+    if device.type != "cuda":
+        return device
+    torch.backends.cudnn.allow_tf32 = False
+    if not in_job():
+        return device
+    if device.index is not None:
+        raise ConfigError(f"device={name} would put all processes on one GPU: with torchrun use device=cuda")
+    if local_rank() >= torch.cuda.device_count():
+        raise ConfigError(
+            f"there are more processes on this machine than its {torch.cuda.device_count()} GPUs: start torchrun with "
+            f"--nproc-per-node {torch.cuda.device_count()}, or use device=cpu"
+        )
+    return torch.device("cuda", local_rank())
+
+
+def _warn_about_threads() -> None:
+    """Says when the processes of this machine have more threads together than there are processors."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads, available = torch.get_num_threads(), os.cpu_count() or 1
+    if processes > 1 and processes * threads > available:
+        log.warning(
+            "%d processes with %d threads each share %d processors and wait for each other: set trainer.threads=%d",
+            processes,
+            threads,
+            available,
+            max(1, available // processes),
+        )
 
 
 def _warn_about_idle_options(config: Config) -> None:
     """Says which groups were set although the method or the data do not use them."""
-    idle = {"ide": {"surrogate"}, "bptt": {"gradient", "solver"}, "dsr": {"gradient", "solver", "surrogate"}}
+    idle = {"ide": {"surrogate"}, "bptt": {"gradient", "solver", "precision"}}
+    idle["dsr"] = idle["ide"] | idle["bptt"]
     groups = idle[config.method.name] | ({"encoder"} if isinstance(config.dataset, EventDatasetConfig) else set())
     chosen, default = config_to_dict(config), config_to_dict(load_config())
     for group in sorted(groups):
@@ -172,19 +242,27 @@ def model_from_checkpoint(
 
 
 def evaluate_checkpoint(request: EvaluateConfig) -> dict[str, Any]:
-    """Accuracy, loss and firing rates on the test set of the data the checkpoint was trained on; prints JSON."""
+    """Accuracy, loss and firing rates on the test set of the data the checkpoint was trained on; prints JSON.
+
+    Several processes (torchrun) share the work; rank 0 prints.
+    """
+    with process_group(_prepare_device(request.device)) as ranks:
+        return _evaluate_checkpoint(request, ranks)
+
+
+def _evaluate_checkpoint(request: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
     model, config, checkpoint = model_from_checkpoint(
         request.checkpoint, time_steps=request.time_steps, device=request.device
     )
     if request.data_dir is not None:
         config = replace(config, data_dir=request.data_dir)
     # of event recordings, another time_steps takes more or fewer of the frames that the network was trained on
-    dataset = build_dataset(replace(config, time_steps=checkpoint.config["time_steps"]))
+    dataset = _load_in_turn(replace(config, time_steps=checkpoint.config["time_steps"]), ranks)
     if request.batch_size is not None:
         trainer = replace(config.trainer, evaluation_batch_size=request.batch_size)
         config = replace(config, trainer=trainer)
     test = build_loaders(config, dataset, next(model.parameters()).device).test
-    figures = asdict(evaluate(model, test, progress=None))
+    figures = asdict(evaluate(model, test, progress=None if ranks.is_first else False, ranks=ranks))
     report = {
         "checkpoint": str(checkpoint.path),
         "experiment": config.name,
@@ -193,6 +271,8 @@ def evaluate_checkpoint(request: EvaluateConfig) -> dict[str, Any]:
         "time_steps": config.time_steps,
         **figures,
     }
+    if not ranks.is_first:
+        return report
     print(json.dumps(report, indent=2))
     if request.output is not None:
         write_json(Path(request.output), report)

@@ -47,6 +47,13 @@ class NamedConfig:
     name: str
 
 
+@dataclass(slots=True)
+class PrecisionConfig(NamedConfig):
+    """`ide_snn.precision`, with the tolerance that the solvers' YAML files take from it."""
+
+    solver_tol: float
+
+
 def _plain(annotation: Any) -> Any:
     """The type an option has in a config file: a choice is a string, a tuple is a list."""
     if get_origin(annotation) is Literal:
@@ -189,7 +196,10 @@ class CosineScheduleConfig(ScheduleConfig):
 
 @dataclass(slots=True, kw_only=True)
 class TrainerConfig:
-    """How long and in which portions; `accumulation` batches make one optimiser step."""
+    """How long and in which portions; `accumulation` batches make one optimiser step.
+
+    Batch sizes are those of all processes together.
+    """
 
     epochs: int
     batch_size: int
@@ -201,6 +211,8 @@ class TrainerConfig:
     progress: bool | None
     threads: int | None = None
     label_smoothing: float = 0.0
+    sync_bn: bool = True
+    process_timeout: float = 1800.0
 
 
 @dataclass(slots=True)
@@ -223,6 +235,7 @@ class Config:
     model: ModelConfig
     neuron: NamedConfig
     solver: NamedConfig
+    precision: PrecisionConfig
     method: NamedConfig
     gradient: NamedConfig
     surrogate: NamedConfig
@@ -327,6 +340,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"fc": FCModelConfig, "conv": ConvModelConfig, "multilayer": MultiLayerModelConfig},
     "neuron": {"neuron": _mirror(NeuronParams)},
     "solver": {name: _mirror(solver) for name, solver in SOLVERS.items()},
+    "precision": {"precision": PrecisionConfig},
     # the surrogate is a group of its own; it fires spikes
     "method": {"ide": NamedConfig, "bptt": _mirror(Bptt, without=("surrogate",)), "dsr": DSRConfig},
     "gradient": {name: _mirror(gradient) for name, gradient in GRADIENTS.items()},

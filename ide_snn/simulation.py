@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ide_snn import event_driven
+from ide_snn.kernels import in_layout_of, neuron_step_
 from ide_snn.layers import cached_weights
 from ide_snn.neurons import NeuronParams, step_
 
 Advance = Callable[[Tensor, Tensor, Tensor, NeuronParams], None]
+Path = Literal["dense", "fused", "events"]
 
 
 class Map(Protocol):
@@ -61,10 +64,12 @@ class Rates:
         membranes: membrane potentials of every population at the end of each step, that is after reset and leak,
             [T, B, *]; empty unless recorded.
         time_steps: T.
+        path: how it was computed, see `simulate`.
     """
 
     last: Tensor
     time_steps: int
+    path: Path = "dense"
     all: tuple[Tensor, ...] = ()
     spike_fraction: tuple[Tensor, ...] = ()
     spikes: tuple[Tensor, ...] = ()
@@ -86,33 +91,17 @@ class _Population:
     """State of one population: membrane, current spikes, and the accumulators that were asked for."""
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        like: Tensor,
-        neuron: NeuronParams,
-        advance: Advance,
-        *,
-        rate: bool,
-        count: bool,
+        self, shape: tuple[int, ...], like: Tensor, leak: float, path: Path, *, rate: bool, count: bool
     ) -> None:
-        def zeros() -> Tensor:
-            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        def zeros(dtype: torch.dtype = like.dtype) -> Tensor:
+            if path == "events":
+                return event_driven.empty_channels_last(shape, like, dtype).zero_()
+            return torch.zeros(shape, dtype=dtype, device=like.device)
 
-        self.neuron, self._advance = neuron, advance
-        self.u, self.spikes = zeros(), zeros()
+        self.u, self.spikes = zeros(), zeros(torch.uint8 if path == "events" else like.dtype)
         # For IF both accumulators are the spike count: one is enough.
-        self.weighted = zeros() if rate or (count and neuron.leak == 1) else None
-        self.count = zeros() if count and neuron.leak != 1 else self.weighted
-
-    def advance(self, current: Tensor) -> Tensor:
-        self._advance(current, self.u, self.spikes, self.neuron)
-        if self.weighted is not None:
-            if self.neuron.leak != 1:
-                self.weighted.mul_(self.neuron.leak)
-            self.weighted.add_(self.spikes)
-        if self.count is not None and self.count is not self.weighted:
-            self.count.add_(self.spikes)
-        return self.spikes
+        self.weighted = zeros() if rate or (count and leak == 1) else None
+        self.count = zeros() if count and leak != 1 else self.weighted
 
 
 class Step:
@@ -121,14 +110,14 @@ class Step:
     The tensors are the simulation's own and change with the next step: clone what is to be kept.
     """
 
-    def __init__(self, t: int, populations: Sequence[_Population]) -> None:
+    def __init__(self, t: int, populations: Sequence[_Population], neuron: NeuronParams) -> None:
         self.t = t
-        self._populations = populations
+        self._populations, self._neuron = populations, neuron
 
     @property
     def spikes(self) -> tuple[Tensor, ...]:
         """Spikes of this step, 0 or 1, of every population [B, *]."""
-        return tuple(population.spikes for population in self._populations)
+        return tuple(population.spikes.to(population.u.dtype) for population in self._populations)
 
     @property
     def membranes(self) -> tuple[Tensor, ...]:
@@ -137,7 +126,7 @@ class Step:
 
     def last_rate(self) -> Tensor:
         """Weighted rate a_n[t] [B, *], a new tensor: bit for bit what a simulation of t steps measures as `last`."""
-        return _last_rate(self._populations, self.t)
+        return _last_rate(self._populations, self._neuron, self.t)
 
 
 def simulate(
@@ -149,6 +138,7 @@ def simulate(
     time_steps: int,
     record: Record = Record(),
     advance: Advance = step_,
+    path: Path = "dense",
 ) -> Rates:
     """Runs the populations for `time_steps` steps from rest.
 
@@ -161,7 +151,11 @@ def simulate(
         time_steps: T.
         record: what to keep.
         advance: one step of one population, (current, u, spikes, neuron) -> None, overwriting u and spikes; called
-            for the populations in their order, step by step.
+            for the populations in their order, step by step. Of the dense path.
+        path: "dense" takes the maps' own products and torch operations. "fused" has the same products and one kernel
+            for the neurons and their accumulators (`ide_snn.kernels`), with the same rounding; `advance` is not used.
+            "events" walks over the spikes (`ide_snn.event_driven`, float32 on a CPU, where `why_not` is None); the
+            sums are the same in another order.
 
     Nothing passed in is modified.
     """
@@ -173,45 +167,109 @@ def simulate(
             _Population(
                 (x.shape[0], *shape),
                 like,
-                neuron,
-                advance,
+                neuron.leak,
+                path,
                 rate=i == last or record.all_rates,
                 count=record.spike_fraction,
             )
             for i, shape in enumerate(shapes)
         ]
-        trains: list[list[Tensor]] = [[] for _ in populations]
-        traces: list[list[Tensor]] = [[] for _ in populations]
-        for t in range(time_steps):
+        engine: _Dense | _Events
+        if path == "events":
+            engine = _Events((feedback, *layers), populations, neuron)
+        else:
+            engine = _Dense((feedback, *layers), populations, neuron, None if path == "fused" else advance)
+        watcher = _Watcher(populations, neuron, record)
+        # all steps at once where nobody looks in between
+        stride = 1 if callable(drive) or watcher.looks else time_steps
+        for t in range(0, time_steps, stride):
             if t > 0 and callable(drive):
                 x = drive(t)
-            first = populations[0]
+            engine.run(x, t, stride)
+            watcher.look(t + stride)
+    return _measure(populations, watcher, neuron, time_steps, record, path)
+
+
+class _Dense:
+    """Steps by the maps' own products. `maps` are feedback, then those from population i to i + 1.
+
+    Without `advance` the neurons are those of the fused kernel.
+    """
+
+    def __init__(
+        self, maps: Sequence[Map], populations: Sequence[_Population], neuron: NeuronParams, advance: Advance | None
+    ) -> None:
+        self.maps, self.populations, self.neuron, self.advance = maps, populations, neuron, advance
+
+    def run(self, x: Tensor, start: int, steps: int) -> None:
+        feedback, *layers = self.maps
+        first, *others = self.populations
+        dtype = first.u.dtype
+        for t in range(start, start + steps):
             if t > 0 or not feedback.is_silent_at_zero:
-                current = feedback(populations[-1].spikes)
-                current = current.add_(x) if current.dtype == like.dtype else current.to(like.dtype).add_(x)
+                current = feedback(self.populations[-1].spikes)
+                current = current.add_(x) if current.dtype == dtype else current.to(dtype).add_(x)
             else:
                 current = x
-            spikes = first.advance(current)
-            for layer, population in zip(layers, populations[1:], strict=True):
-                spikes = population.advance(layer(spikes))
-            if record.spikes:
-                for train, population in zip(trains, populations, strict=True):
-                    train.append(population.spikes.bool())
-            if record.membranes:
-                for trace, population in zip(traces, populations, strict=True):
-                    trace.append(population.u.clone())
-            if record.on_step is not None:
-                record.on_step(Step(t + 1, populations))
-    return _measure(populations, trains, traces, neuron, time_steps, record)
+            spikes = self._step(first, current)
+            for layer, population in zip(layers, others, strict=True):
+                spikes = self._step(population, layer(spikes))
+
+    def _step(self, population: _Population, current: Tensor) -> Tensor:
+        if self.advance is None:
+            u, weighted = population.u, population.weighted
+            count = None if population.count is weighted else population.count
+            neuron_step_(in_layout_of(u, current), u, population.spikes, self.neuron, rate=weighted, count=count)
+            return population.spikes
+        self.advance(current, population.u, population.spikes, self.neuron)
+        if population.weighted is not None:
+            if self.neuron.leak != 1:
+                population.weighted.mul_(self.neuron.leak)
+            population.weighted.add_(population.spikes)
+        if population.count is not None and population.count is not population.weighted:
+            population.count.add_(population.spikes)
+        return population.spikes
+
+
+class _Events:
+    """Steps by walking over the spikes."""
+
+    def __init__(self, maps: Sequence[Map], populations: Sequence[_Population], neuron: NeuronParams) -> None:
+        self.connections = [event_driven.connect(affine) for affine in maps]
+        self.populations, self.neuron = populations, neuron
+
+    def run(self, x: Tensor, start: int, steps: int) -> None:  # noqa: ARG002 the state has the time
+        event_driven.advance(self.connections, self.populations, x, self.neuron, steps)
+
+
+class _Watcher:
+    """Keeps what `record` asks for of single time steps."""
+
+    def __init__(self, populations: Sequence[_Population], neuron: NeuronParams, record: Record) -> None:
+        self.populations, self.neuron, self.record = populations, neuron, record
+        self.trains: list[list[Tensor]] = [[] for _ in populations]
+        self.traces: list[list[Tensor]] = [[] for _ in populations]
+        self.looks = record.spikes or record.membranes or record.on_step is not None
+
+    def look(self, t: int) -> None:
+        """After time step t = 1..T."""
+        if self.record.spikes:
+            for train, population in zip(self.trains, self.populations, strict=True):
+                train.append(population.spikes.bool())
+        if self.record.membranes:
+            for trace, population in zip(self.traces, self.populations, strict=True):
+                trace.append(population.u.clone())
+        if self.record.on_step is not None:
+            self.record.on_step(Step(t, self.populations, self.neuron))
 
 
 def _measure(
     populations: list[_Population],
-    trains: list[list[Tensor]],
-    traces: list[list[Tensor]],
+    watcher: _Watcher,
     neuron: NeuronParams,
     time_steps: int,
     record: Record,
+    path: Path,
 ) -> Rates:
     total = neuron.total_weight(time_steps)
 
@@ -220,20 +278,21 @@ def _measure(
         return accumulator / whole
 
     return Rates(
-        last=_last_rate(populations, time_steps),
+        last=_last_rate(populations, neuron, time_steps),
         time_steps=time_steps,
+        path=path,
         all=tuple(share(p.weighted, total) for p in populations) if record.all_rates else (),
         spike_fraction=(tuple(share(p.count, time_steps) for p in populations) if record.spike_fraction else ()),
-        spikes=tuple(torch.stack(train) for train in trains) if record.spikes else (),
-        membranes=tuple(torch.stack(trace) for trace in traces) if record.membranes else (),
+        spikes=tuple(torch.stack(train) for train in watcher.trains) if record.spikes else (),
+        membranes=tuple(torch.stack(trace) for trace in watcher.traces) if record.membranes else (),
     )
 
 
-def _last_rate(populations: Sequence[_Population], time_steps: int) -> Tensor:
+def _last_rate(populations: Sequence[_Population], neuron: NeuronParams, time_steps: int) -> Tensor:
     """The last population's weighted rate after `time_steps` steps."""
     # A membrane that is NaN never fires, which would look like silence: the whole sample's rates become NaN instead.
-    poison = torch.stack([(p.u * 0).flatten(1).sum(1) for p in populations]).sum(0)
+    poison = torch.stack([(p.u * 0).sum(list(range(1, p.u.dim()))) for p in populations]).sum(0)
     last = populations[-1]
     assert last.weighted is not None  # the rate that every simulation measures
-    rate = last.weighted / last.neuron.total_weight(time_steps)
+    rate = last.weighted / neuron.total_weight(time_steps)
     return rate + poison.view(-1, *(1,) * (rate.dim() - 1))

@@ -8,6 +8,9 @@
 The loss is the cross entropy of `model(x)`, logits [B, classes]; of logits per time step [T, B, classes] it is the mean
 over the steps. Feedback blocks anywhere in the model report
 their solves and firing rates. With a `run_dir` the run can be stopped and continued at any step.
+
+Several processes (torchrun, or any process group that is there) train one model: each calls `fit` with the same
+arguments and takes its share of every batch; the result is that of one process with the whole batch (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -26,36 +29,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ide_snn.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    config_differences,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from ide_snn.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from ide_snn.distributed import Ranks, Share
+from ide_snn.dropout import DropoutStream
 from ide_snn.evaluation import Batch, Evaluation, Totals, device_of, evaluate, run_evaluation, show_bar
 from ide_snn.interrupt import StopRequest
-from ide_snn.monitor import BlockMonitor, feedback_diagnostics
+from ide_snn.monitor import BlockMonitor, feedback_diagnostics, merged, solver_figures
 from ide_snn.optim import ConstantSchedule, Schedule, set_learning_rate
-from ide_snn.progress import Batches, FitResult, Progress, describe, random_state, set_random_state
+from ide_snn.progress import Batches, FitResult, Progress, describe
+from ide_snn.replicas import Replicas, with_shares
 from ide_snn.reporting import RunLog, write_csv
+from ide_snn.resuming import own_random, refuse_changes, restore_training, training_state
 from ide_snn.solvers import SolverWarning
 
 __all__ = ["Batches", "Evaluation", "FitResult", "NonFiniteLossError", "evaluate", "fit"]
 
 log = logging.getLogger(__name__)
-
-# Options that may change when a run is resumed: they do not change what is computed.
-CHANGEABLE = (
-    "resume",
-    "device",
-    "data_dir",
-    "dataset.cache",
-    "dataset.download",
-    "trainer.progress",
-    "trainer.log_every",
-)
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -74,6 +63,9 @@ def fit(
     accumulation: int = 1,
     gradient_clip: float | None = None,
     label_smoothing: float = 0.0,
+    seed: int | None = None,
+    sync_bn: bool = True,
+    ranks: Ranks | None = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
     config: Mapping[str, Any] | None = None,
@@ -86,7 +78,7 @@ def fit(
 
     Args:
         model: gives logits [B, classes], or in training [T, B, classes]; it lies on its device already.
-        train: batches of an epoch, e.g. a `DeviceLoader`.
+        train: batches of an epoch, e.g. a `DeviceLoader`; several processes need one, or `SharedBatches` of your own.
         test: evaluated after each epoch.
         optimizer: with the base learning rates, which `schedule` multiplies; they are put back in the end.
         epochs: 0 only evaluates the untrained model.
@@ -95,6 +87,11 @@ def fit(
         accumulation: batches per optimiser step; their gradients are averaged over the samples.
         gradient_clip: largest global norm of the gradient, None for no clipping.
         label_smoothing: share of the target that is spread evenly over all classes, in training only.
+        seed: of the dropout masks, which depend on it, the step and the sample only; None draws one from torch's
+            global generator. A resumed run keeps the seed that it has.
+        sync_bn: with several processes: batch norms normalise by the whole batch; False: by each process's share, with
+            running statistics that are averaged at the end of each epoch and whenever the model is saved.
+        ranks: the processes; None: those of torch's process group, or this one alone.
         run_dir: where metrics.csv, tensorboard/ and checkpoints/{last,best}.pt go; None writes nothing.
         resume: continue checkpoints/last.pt of `run_dir` if there is one.
         config: saved in the checkpoints; a resumed run must have the same one, except for what does not
@@ -104,12 +101,15 @@ def fit(
         log_every: optimiser steps between looks at the running loss, each of which waits for the device.
         progress: show bars; None means only on a terminal.
 
-    On SIGINT and SIGTERM the current step is finished, last.pt is saved and the result says `interrupted`.
+    On SIGINT and SIGTERM the current step is finished, last.pt is saved and the result says `interrupted`; of several
+    processes all do so after the same step, whichever of them got the signal. Only rank 0 writes files and shows bars.
 
     Raises:
         NonFiniteLossError: the loss or a weight became NaN or infinite; last.pt is the last good state.
         CheckpointError: the checkpoint to resume from is damaged, of another model or of another config.
         FileExistsError: `run_dir` holds a run and `resume` is not set.
+        ValueError: an argument is out of range, or the batches cannot be divided among the processes.
+        RankLostError, RankError: another process has ended, or has other weights.
     """
     for name, value, least in (
         ("epochs", epochs, 0),
@@ -133,6 +133,9 @@ def fit(
         accumulation=accumulation,
         gradient_clip=gradient_clip,
         label_smoothing=label_smoothing,
+        seed=seed,
+        sync_bn=sync_bn,
+        ranks=Ranks.current() if ranks is None else ranks,
         run_dir=None if run_dir is None else Path(run_dir),
         config=config or {},
         upgrade=upgrade,
@@ -157,6 +160,9 @@ class _Run:
     accumulation: int
     gradient_clip: float | None
     label_smoothing: float
+    seed: int | None
+    sync_bn: bool
+    ranks: Ranks
     run_dir: Path | None
     config: Mapping[str, Any]
     upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -169,28 +175,37 @@ class _Run:
         self.device = device_of(self.model)
         self.selected_on = "test" if self.validation is None else "validation"
         self.stop = StopRequest()
+        self.stopped: int | None = None  # the signal that stops all ranks
+        self.show = self.show if self.ranks.is_first else False
+        self.replicas = Replicas(self.model, self.ranks, self.sync_bn)
+        drawn = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+        self.mask_seed = self.ranks.from_first(drawn)
         self._begin_epoch()
         # never read back from a checkpoint: there the rates are those of some step
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def run(self, resume: bool) -> FitResult:
+        self.train = self.replicas.begin(self.train)
+        own_random(self.mask_seed, self.ranks)
         resumed = self._resume_or_refuse(resume)
         if resumed and self.progress.epoch >= self.epochs and self.progress.rows:
-            log.info("%s is finished (%d epochs); nothing to do", self.run_dir, self.progress.epoch)
-            if self.run_dir is not None:  # a run killed while it wrote its last row lacks it
+            self._say(f"{self.run_dir} is finished ({self.progress.epoch} epochs); nothing to do")
+            if self.run_dir is not None and self.ranks.is_first:  # a run killed while it wrote its last row lacks it
                 write_csv(self.run_dir / "metrics.csv", self.progress.rows)
             return self._result(already_finished=True)
         self.started = time.perf_counter() - self.progress.seconds
-        self.log = RunLog(self.run_dir, self.progress.step + 1 if resumed else 0)
+        self.log = RunLog(self.run_dir if self.ranks.is_first else None, self.progress.step + 1 if resumed else 0)
+        self.masks = DropoutStream(self.mask_seed)
         try:
-            with self.stop, warnings.catch_warnings():
+            with self.stop, self.replicas.synchronised(), self.masks.serving(self.model), warnings.catch_warnings():
                 complete = self._all_epochs()
-            if not complete:
-                self._save("last")
+                if not complete:
+                    self._save("last")
+                    self.ranks.wait()  # a rank that ends before makes the launcher end the one that saves
         finally:
             self.log.close()
             set_learning_rate(self.optimizer, self.base_rates, 1.0)
-        return self._result(interrupted=None if complete else self.stop.signum)
+        return self._result(interrupted=None if complete else self.stopped)
 
     def _all_epochs(self) -> bool:
         """False if stopped on the way."""
@@ -208,33 +223,40 @@ class _Run:
 
     def _train_epoch(self) -> bool:
         progress = self.progress
-        batches = self.train.epoch(progress.epoch, start=progress.batches)
+        batches = with_shares(self.train, progress.epoch, progress.batches)
         title = f"epoch {progress.epoch + 1}/{self.epochs}"
         self.model.train()
-        logged = (float(self.totals.loss), self.totals.samples)
+        logged = self._sums()
         with self.monitor, show_bar(None, title, self.show, len(self.train), progress.batches) as bar:
             while group := list(itertools.islice(batches, self.accumulation)):
                 rate = self._step(group)
                 bar.update(len(group))
                 if progress.step % self.log_every == 0:
-                    loss, samples = float(self.totals.loss), self.totals.samples
-                    recent = (loss - logged[0]) / (samples - logged[1])
-                    logged = (loss, samples)
+                    sums = self._sums()
+                    recent = (sums["loss"] - logged["loss"]) / (sums["samples"] - logged["samples"])
+                    logged = sums
                     self._require_finite(recent, "training loss")
                     self.log.scalars({"train_loss_recent": recent, "learning_rate": rate}, progress.step)
                     bar.set_postfix(loss=f"{recent:.4f}", failed_solves=self.monitor.failures)
-                if self.stop.signum is not None:
+                self.stopped = self.replicas.stop_signal(self.stop.signum, progress.step)
+                if self.stopped is not None:
                     return False
         return True
 
-    def _step(self, group: list[Batch]) -> float:
+    def _sums(self) -> Mapping[str, int | float]:
+        """Loss, correct answers and samples of the epoch so far, of all ranks."""
+        return merged(self.ranks.gather(self.totals.state_dict()))
+
+    def _step(self, group: list[tuple[Batch, Share]]) -> float:
         """One optimiser step on the mean loss over all samples of the group; returns the learning rate."""
-        samples = sum(len(y) for _, y in group)
+        samples = sum(share.total for _, share in group)
         factor = self.schedule(self.progress.step, self.progress.epoch)
         rate = set_learning_rate(self.optimizer, self.base_rates, factor)
         self.optimizer.zero_grad(set_to_none=True)
-        for x, y in group:
+        self.masks.begin(self.progress.step)
+        for (x, y), share in group:
             x, y = x.to(self.device), y.to(self.device)
+            self.masks.serve(share)
             logits = self.model(x)
             targets = y
             if logits.dim() == 3:
@@ -242,6 +264,7 @@ class _Run:
             loss = F.cross_entropy(logits.flatten(0, -2), targets, label_smoothing=self.label_smoothing)
             (loss * (len(y) / samples)).backward()
             self.totals.add(loss, logits if logits.dim() == 2 else logits.mean(0), y)
+        self.replicas.sum_gradients(wants_to_stop=self.stop.signum is not None)
         if self.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip)
         self.optimizer.step()
@@ -256,34 +279,41 @@ class _Run:
         """Evaluate, record and save; False if stopped in the evaluation."""
         row: dict[str, float | int | None] = {"epoch": self.progress.epoch + (not untrained)}
         row["step"] = self.progress.step
+        self.replicas.average_statistics()
         if not untrained:
-            loss, accuracy = self.totals.means()
+            sums = self._sums()
+            loss = sums["loss"] / sums["samples"]
             self._require_finite(loss, "training loss")
             self._require_finite_weights()
             row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-            row.update(train_loss=loss, train_accuracy=accuracy)
+            row.update(train_loss=loss, train_accuracy=sums["correct"] / sums["samples"])
         for name, batches in (("test", self.test), ("validation", self.validation)):
             if batches is not None:
-                result = run_evaluation(self.model, batches, name, self.show, lambda: self.stop.signum is not None)
+                result = run_evaluation(self.model, batches, name, self.show, self._is_stopped, self.ranks)
                 if result is None:
                     return False
                 self._require_finite(result.loss, f"{name} loss")
                 row.update({f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy})
                 if name == "test":
                     row.update({f"firing_rate_{key}": rate for key, rate in result.firing_rate.items()})
-            row.update(self.monitor.solver())
+        solves = merged(self.ranks.gather(self.monitor.state_dict()))
+        row.update(solver_figures(solves))
         row.update(feedback_diagnostics(self.model))
-        self._record(row)
+        self._record(row, solves)
         return True
 
-    def _record(self, row: dict[str, float | int | None]) -> None:
+    def _is_stopped(self) -> bool:
+        self.stopped = self.replicas.agreed_signal(self.stop.signum)
+        return self.stopped is not None
+
+    def _record(self, row: dict[str, float | int | None], solves: Mapping[str, int | float]) -> None:
         progress = self.progress
         progress.seconds = time.perf_counter() - self.started
         row["seconds"] = progress.seconds
         progress.rows.append(row)
         progress.epoch = int(row["epoch"] or 0)
-        progress.solves += self.monitor.solves
-        progress.solver_failures += self.monitor.failures
+        progress.solves += int(solves["solves"])
+        progress.solver_failures += int(solves["failures"])
         accuracy = row[f"{self.selected_on}_accuracy"] or 0.0
         is_best = accuracy > progress.best_accuracy
         if is_best:
@@ -294,7 +324,11 @@ class _Run:
             self._save("best")
         self._save("last")
         self.log.epoch(progress.rows, progress.step)
-        log.info(describe(row, self.epochs))
+        self._say(describe(row, self.epochs))
+
+    def _say(self, message: str) -> None:
+        if self.ranks.is_first:
+            log.info(message)
 
     def _require_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
@@ -323,24 +357,23 @@ class _Run:
         """Write a checkpoint, unless a weight is not finite; `last` holds what is needed to continue."""
         if self.run_dir is None:
             return
+        self.replicas.average_statistics()
         self._require_finite_weights()
+        self.replicas.require_identical()
         self.progress.seconds = time.perf_counter() - self.started
         training = None
         if name == "last":
-            training = {
-                "optimizer": self.optimizer.state_dict(),
-                "totals": self.totals.state_dict(),
-                "monitor": self.monitor.state_dict(),
-                "random": random_state(self.device),
-            }
-        save_checkpoint(
-            self._path(name),
-            self.model,
-            config=self.config,
-            data=self.data,
-            progress=asdict(self.progress),
-            training=training,
-        )
+            state = self.optimizer, self.totals, self.monitor, self.mask_seed, self.device, self.ranks
+            training = training_state(*state)
+        if self.ranks.is_first:
+            save_checkpoint(
+                self._path(name),
+                self.model,
+                config=self.config,
+                data=self.data,
+                progress=asdict(self.progress),
+                training=training,
+            )
 
     def _resume_or_refuse(self, resume: bool) -> bool:
         """True if the state of last.pt was restored."""
@@ -349,9 +382,9 @@ class _Run:
                 raise ValueError("resuming needs the run_dir to resume from")
             return False
         path = self._path("last")
-        if not path.exists():
+        if not self.ranks.from_first(path.exists()):
             if resume:
-                log.info("no checkpoint at %s: starting anew", path)
+                self._say(f"no checkpoint at {path}: starting anew")
             return False
         if not resume:
             raise FileExistsError(
@@ -364,48 +397,14 @@ class _Run:
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.training is None:
             raise CheckpointError(f"{checkpoint.path} holds no training state to continue from")
-        self._refuse_changes(checkpoint)
+        refuse_changes(checkpoint, self.config, self.upgrade, self.epochs, self.schedule)
         load_weights(self.model, checkpoint)
-        self.optimizer.load_state_dict(checkpoint.training["optimizer"])
         self.progress = Progress(**checkpoint.progress)
-        self.totals.load_state_dict(checkpoint.training["totals"])
-        self.monitor.load_state_dict(checkpoint.training["monitor"])
-        set_random_state(checkpoint.training["random"], self.device)
-        log.info(
-            "resuming %s after %d epochs and %d batches",
-            checkpoint.path,
-            self.progress.epoch,
-            self.progress.batches,
-        )
-
-    def _refuse_changes(self, checkpoint: Checkpoint) -> None:
-        ignore: tuple[str, ...] = CHANGEABLE
-        saved = self.upgrade(checkpoint.config) if checkpoint.config else {}
-        longer = bool(saved) and self.epochs >= saved["trainer"]["epochs"] > 0
-        if longer and not self.schedule.depends_on_epochs:
-            ignore = (*ignore, "trainer.epochs")
-        changes = config_differences(saved, self.config, ignore=ignore)
-        if changes:
-            raise CheckpointError(
-                f"{checkpoint.path} belongs to a run with another configuration, so it cannot be resumed: "
-                f"{'; '.join(changes)} (saved -> now)"
-            )
+        state = self.optimizer, self.totals, self.monitor, self.mask_seed, self.device, self.ranks
+        self.mask_seed = restore_training(checkpoint.training, *state)
+        done = f"{self.progress.epoch} epochs and {self.progress.batches} batches"
+        self._say(f"resuming {checkpoint.path} after {done}")
 
     def _result(self, *, interrupted: int | None = None, already_finished: bool = False) -> FitResult:
-        progress = self.progress
-        last = progress.rows[-1] if progress.rows else {"test_accuracy": None, "test_loss": None}
-        return FitResult(
-            test_accuracy_last=last["test_accuracy"],
-            test_accuracy_best=progress.test_accuracy_best,
-            best_epoch=progress.best_epoch,
-            best_selected_on=self.selected_on,
-            test_loss=last["test_loss"],
-            epochs=progress.epoch,
-            seconds=progress.seconds,
-            parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            neurons=getattr(self.model, "num_neurons", None),
-            solves=progress.solves,
-            solver_failures=progress.solver_failures,
-            interrupted=interrupted,
-            already_finished=already_finished,
-        )
+        ending = {"interrupted": interrupted, "already_finished": already_finished}
+        return FitResult.of(self.progress, self.model, best_selected_on=self.selected_on, **ending)

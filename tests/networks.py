@@ -25,6 +25,8 @@ def small_block(
     solver=EXACT,
     gradient=Implicit(),  # noqa: B008
     input_has_time: bool = False,
+    precision: str = "float32",
+    check_input: bool = True,
 ) -> FeedbackSNN:
     """A feedback block with one (fc, conv), three (multilayer) or two (pooled) populations."""
     options = {"batch_norm": batch_norm, "dropout": dropout}
@@ -53,6 +55,8 @@ def small_block(
         solver=solver,
         gradient=gradient,
         input_has_time=input_has_time,
+        precision=precision,
+        check_input=check_input,
     )
 
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ide_snn.dropout import VariationalDropout
 from ide_snn.optimizations import (
     CONSTRAINTS,
     NormConstraint,
     PowerIteration,
-    VariationalDropout,
     constrain,
     get_constraint,
     raw_weight,
@@ -379,13 +379,14 @@ def test_dropout_gains(p: float) -> None:
     gain, again, other = (dropout.draw(like, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert gain is not None
     assert (gain.shape, gain.dtype, gain.stride()) == (like.shape, like.dtype, like.stride())
-    assert gain.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
+    assert gain.unique().tolist() == pytest.approx([0, 1 / dropout.keep])
+    assert dropout.keep == pytest.approx(1 - p, abs=2**-17)
     assert float(gain.mean()) == pytest.approx(1, abs=5 * math.sqrt(p / (1 - p) / gain.numel()))
     assert torch.equal(gain, again)  # type: ignore[arg-type]
     assert not torch.equal(gain, other)  # type: ignore[arg-type]
     x = torch.rand(4, 60) + 1
     ratio = (dropout(x) / x).unique()
-    torch.testing.assert_close(ratio[[0, -1]], torch.tensor([0, 1 / (1 - p)]))
+    torch.testing.assert_close(ratio[[0, -1]], torch.tensor([0, 1 / dropout.keep]))
 
 
 def test_no_dropout_where_there_is_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from ide_snn.data.augment import Augmentation
 from ide_snn.data.base import Normalization
 from ide_snn.data.splits import EventSplit, Split
+from ide_snn.distributed import Ranks, Share
 from ide_snn.encoding import Encoder
 
 
@@ -23,9 +25,12 @@ class DeviceLoader:
     The order of an epoch is a pure function of (seed, epoch), the same on every device, so there is no state
     to save: a run that stopped after k batches of an epoch goes on with `epoch(epoch, start=k)`.
 
+    With several processes `shared(ranks)` serves one process's share of every batch. The batches are those of a single
+    process: order, augmentation and encoding of a sample do not depend on the number of processes.
+
     Args:
         split: what to serve; moved to `device` once (not copied when it is there already).
-        batch_size: samples per batch; the last batch of an epoch may be smaller.
+        batch_size: samples per batch, of all processes together; the last batch of an epoch may be smaller.
         normalization: usually `dataset.normalization`; None for events.
         augmentation: random changes of the images, drawn from (seed, epoch) as the order is; not for events.
         encoder: turns images into input over time [T, B, C, H, W]; draws from (seed, epoch, batch).
@@ -75,11 +80,23 @@ class DeviceLoader:
         self.augmentation = augmentation
         self.encoder = encoder
         self.time_steps = time_steps
+        self.ranks = Ranks()
         self._constants = None if normalization is None else normalization.constants(self.labels.device, dtype)
+
+    def shared(self, ranks: Ranks) -> DeviceLoader:
+        """This loader for one of several processes: its share of every batch; the data are not copied."""
+        other = copy.copy(self)
+        other.ranks = ranks
+        return other
+
+    def shares(self, start: int = 0) -> Iterator[Share]:
+        """Which samples of each batch of an epoch are served, without the first `start` batches."""
+        for first in range(start * self.batch_size, self.samples, self.batch_size):
+            yield self.ranks.share(min(self.batch_size, self.samples - first))
 
     @property
     def samples(self) -> int:
-        """Samples served per epoch."""
+        """Samples served per epoch, by all processes together."""
         return len(self) * self.batch_size if self.drop_last else len(self.labels)
 
     def __len__(self) -> int:
@@ -108,14 +125,15 @@ class DeviceLoader:
         order = self._order(epoch)[skipped : self.samples].to(device)
         augment = self.augmentation if self.augmentation.changes else None
         choices = None if augment is None else augment.draw(self.samples, self.seed, epoch)[skipped:].to(device)
-        # by range, since order.split() would give one empty batch for an empty order
-        for first in range(0, len(order), self.batch_size):
-            portion = slice(first, first + self.batch_size)
-            index = order[portion]
-            inputs = self._inputs(index, None if choices is None else choices[portion])
+        for batch, share in enumerate(self.shares(start), start):
+            first = batch * self.batch_size - skipped
+            own = slice(first + share.first, first + share.end)
+            # the encoder draws for the batch as a whole
+            portion = own if self.encoder is None else slice(first, first + share.total)
+            inputs = self._inputs(order[portion], None if choices is None else choices[portion])
             if self.encoder is not None:
-                inputs = self._encode(inputs, epoch, start + first // self.batch_size)
-            yield inputs, self.labels.index_select(0, index)
+                inputs = self._encode(inputs, epoch, batch)[:, share.first : share.end]
+            yield inputs, self.labels.index_select(0, order[own])
 
     def _inputs(self, index: Tensor, choices: Tensor | None) -> Tensor:
         if isinstance(self.split, EventSplit):

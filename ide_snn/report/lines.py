@@ -16,7 +16,7 @@ from ide_snn.checkpoint import flatten
 from ide_snn.config import config_to_dict, load_config
 from ide_snn.paper import ROWS, STAND_INS, TITLES, PaperRow
 from ide_snn.report.collect import Run
-from ide_snn.training import CHANGEABLE
+from ide_snn.resuming import CHANGEABLE
 
 __all__ = ["Change", "Line", "Note", "Spread", "compare", "lines", "spread"]
 

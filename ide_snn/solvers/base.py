@@ -92,11 +92,13 @@ class LinearProblem:
     """v = rhs + A v with `matvec` v -> A v on tensors of rhs's shape [B, *].
 
     coupled: True where A mixes samples of the batch; then there is one group.
+    native: the solver may use compiled kernels (float32 on a CPU), and overwrite what `matvec` returns.
     """
 
     matvec: Callable[[Tensor], Tensor]
     rhs: Tensor
     coupled: bool = False
+    native: bool = False
 
     @property
     def start(self) -> Tensor:
@@ -145,6 +147,7 @@ class Workspace:
         self.shape = start.shape
         self.channels_last = start.dim() == 4 and start.is_contiguous(memory_format=torch.channels_last)
         self.groups = 1 if problem.coupled else start.shape[0]
+        self.native = isinstance(problem, LinearProblem) and problem.native
 
     def rows(self, x: Tensor) -> Tensor:
         if self.channels_last:
@@ -228,7 +231,7 @@ def _unit(problem: LinearProblem) -> Tensor:
     cotangents vanish: in float32 a b of 1e-23 would count as solved.
     """
     b = problem.rhs.detach()
-    size = b.abs().amax() if problem.coupled else b.unsqueeze(-1).flatten(1).abs().amax(dim=1)
+    size = b.abs().amax() if problem.coupled else b.abs().unsqueeze(-1).amax(dim=tuple(range(1, b.dim() + 1)))
     _, exponent = torch.frexp(size)
     limit = math.frexp(torch.finfo(b.dtype).max)[1] - 2
     unit = torch.ldexp(torch.ones_like(size), exponent.clamp(-limit, limit))

@@ -5,6 +5,7 @@ Y. Saad & M. H. Schultz, SIAM J. Sci. Stat. Comput. 7 (1986).
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ide_snn import native
 from ide_snn.solvers.base import FixedPointProblem, Workspace, check_settings, require_count
 
 Array = NDArray[np.float64]
@@ -60,12 +62,11 @@ class _Arnoldi:
         # Modified Gram-Schmidt loses orthogonality like eps / residual: one pass is enough until that matters.
         passes = 1 if self.settings.tol > torch.finfo(y.dtype).eps ** 0.5 else 2
         problem = _LeastSquares(beta.double().cpu().numpy(), dimensions)
+        extend = _extend_natively if self.work.native else _extend
         for _ in range(dimensions):
-            w = vectors[-1] - self.work.matvec(vectors[-1])
-            w, column = _orthogonalise(w, vectors, passes)
-            basis, length = _normalise(w)
-            vectors.append(basis)
-            predicted = problem.append(torch.cat([column, length[None]]).double().cpu().numpy())
+            vector, column = extend(vectors, self.work.matvec(vectors[-1]), passes)
+            vectors.append(vector)
+            predicted = problem.append(column.double().cpu().numpy())
             # A little below tol: the true residual, which decides, differs from the predicted by rounding.
             if (~np.isfinite(predicted) | (predicted <= 0.9 * self.settings.tol * self.scale)).all():
                 break
@@ -82,8 +83,13 @@ def _normalise(w: Tensor) -> tuple[Tensor, Tensor]:
     return w * torch.where(length > 0, length.reciprocal(), 0.0)[:, None], length
 
 
-def _orthogonalise(w: Tensor, vectors: list[Tensor], passes: int) -> tuple[Tensor, Tensor]:
-    """Modified Gram-Schmidt; returns what is left of w and the coefficients [k, G]."""
+def _extend(vectors: list[Tensor], image: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+    """The next basis vector, from the image A q_k of the last one, by modified Gram-Schmidt on (1 - A) q_k.
+
+    Returns:
+        (q_{k+1} [G, N], column of H [k + 1, G]).
+    """
+    w = vectors[-1] - image
     total = torch.zeros(len(vectors), w.shape[0], dtype=w.dtype, device=w.device)
     before = w.norm(dim=1)
     for _ in range(passes):
@@ -92,8 +98,34 @@ def _orthogonalise(w: Tensor, vectors: list[Tensor], passes: int) -> tuple[Tenso
             w = torch.addcmul(w, q, h[:, None], value=-1)
             total[i] += h
     # What is left after cancelling to rounding level is noise, not a direction.
-    noise = w.norm(dim=1) <= 10 * torch.finfo(w.dtype).eps * before
-    return torch.where(noise[:, None], torch.zeros_like(w), w), total
+    noise = w.norm(dim=1) <= _noise(w) * before
+    vector, length = _normalise(torch.where(noise[:, None], torch.zeros_like(w), w))
+    return vector, torch.cat([total, length[None]])
+
+
+def _extend_natively(vectors: list[Tensor], image: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+    """`_extend` in one pass over memory per basis vector; overwrites `image`, float32 on a CPU."""
+    groups, n = image.shape
+    column = torch.empty(len(vectors) + 1, groups)
+    pointers = (ctypes.c_void_p * len(vectors))(*(q.data_ptr() for q in vectors))
+    counter, kernels = ctypes.c_int64(0), native.library("krylov")
+
+    def work() -> None:
+        kernels.arnoldi(
+            *(ctypes.c_int64(size) for size in (groups, n, len(vectors))),
+            pointers,
+            *(ctypes.c_void_p(t.data_ptr()) for t in (image, column)),
+            ctypes.c_int64(passes),
+            ctypes.c_float(_noise(image)),
+            ctypes.byref(counter),
+        )
+
+    native.on_all_threads(work, len(vectors) * image.numel())
+    return image, column
+
+
+def _noise(w: Tensor) -> float:
+    return 10 * torch.finfo(w.dtype).eps
 
 
 class _LeastSquares:

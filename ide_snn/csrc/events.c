@@ -1,0 +1,224 @@
+/* Event-driven products and simulation of a feedback SNN in float32; ide_snn/event_driven.py has the mathematics.
+ *
+ * A product adds one row of weights per event (a spike, or a value that is not zero) and kernel tap:
+ *
+ *     y[target][:] += sum over events (position, channel) of value * W[tap][channel][:]     for all (position, target) of tap
+ *
+ * All tensors are channels-last, [B][positions][channels]. Output channels are cut into blocks; while one position's
+ * events are added, a block of its sums stays in registers, and the rows of one tap in the cache. Samples are independent:
+ * threads take them one by one from a shared counter, and every sum has its order, so the result does not depend on the
+ * number of threads.
+ */
+
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16 /* channels are padded to a multiple of it */
+
+/* One register. Wider vectors than the processor has would go through memory. */
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+typedef float Lanes __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+typedef struct {
+    int64_t in_positions, in_channels, out_positions, out_channels;
+    int64_t taps, block, blocks;    /* block: output channels per block, a multiple of LANES */
+    const float *weight;            /* [blocks][taps][in_channels][block], zero behind out_channels */
+    const int32_t *target;          /* [taps][in_positions]: output position that a tap leads to, -1 for none */
+    const float *bias;              /* [out_channels] or NULL */
+    const float *gain;              /* [B][out_positions][out_channels] or NULL */
+} Connection;
+
+typedef struct {
+    int64_t size;    /* neurons per sample */
+    float *u;        /* [B][size] membrane */
+    uint8_t *spikes; /* [B][size] of the step before on entry, of the last step on return */
+    float *weighted; /* [B][size] or NULL: sum of leak^(T-t) s[t] */
+    float *count;    /* [B][size] or NULL: number of spikes */
+} Population;
+
+typedef struct {
+    int32_t *channel; /* [positions * channels] channels of the events, position by position */
+    float *value;     /* [positions * channels] their values; NULL for spikes */
+    int32_t *first;   /* [positions + 1]: where the events of a position start */
+    int32_t *order;   /* [positions]: those with events */
+    int32_t *pairs;   /* [2 * positions + 2]: of one tap */
+    int64_t active;   /* entries of `order` */
+} Events;
+
+/* Notes the positions that have events: those of p end before event n. */
+static inline void close_position(Events *events, int64_t p, int32_t n) {
+    events->first[p + 1] = n;
+    events->order[events->active] = (int32_t)p;
+    events->active += n > events->first[p];
+}
+
+static void collect_spikes(const uint8_t *spikes, int64_t positions, int64_t channels, Events *events) {
+    int32_t n = 0;
+    events->first[0] = 0;
+    events->active = 0;
+    for (int64_t p = 0; p < positions; p++, spikes += channels) {
+        int64_t c = 0;
+        for (; c + 8 <= channels; c += 8) {
+            uint64_t eight;
+            memcpy(&eight, spikes + c, 8);
+            if (!eight) continue;
+            for (int k = 0; k < 8; k++) { /* without branches: spikes come at random */
+                events->channel[n] = (int32_t)(c + k);
+                n += spikes[c + k];
+            }
+        }
+        for (; c < channels; c++)
+            if (spikes[c]) events->channel[n++] = (int32_t)c;
+        close_position(events, p, n);
+    }
+}
+
+static void collect_values(const float *x, const float *scale, int64_t positions, int64_t channels, Events *events) {
+    int32_t n = 0;
+    events->first[0] = 0;
+    events->active = 0;
+    for (int64_t p = 0; p < positions; p++) {
+        for (int64_t c = 0; c < channels; c++) {
+            int64_t at = p * channels + c;
+            float value = scale ? x[at] * scale[at] : x[at];
+            events->channel[n] = (int32_t)c;
+            events->value[n] = value;
+            n += value != 0; /* true for NaN */
+        }
+        close_position(events, p, n);
+    }
+}
+
+/* Called with constants for `weighted` and `block`, so that the sums of a position stay in registers. */
+static inline __attribute__((always_inline)) void walk(const Connection *k, int64_t b, const Events *events, int weighted,
+                                                       int64_t block, float *acc) {
+    for (int64_t tap = 0; tap < k->taps; tap++) {
+        const float *rows = k->weight + (b * k->taps + tap) * k->in_channels * block;
+        const int32_t *target = k->target + tap * k->in_positions;
+        int64_t pairs = 0;
+        for (int64_t i = 0; i < events->active; i++) {
+            int32_t p = events->order[i];
+            events->pairs[2 * pairs] = p;
+            events->pairs[2 * pairs + 1] = target[p];
+            pairs += target[p] >= 0;
+        }
+        for (int64_t i = 0; i < pairs; i++) {
+            int32_t p = events->pairs[2 * i], e = events->first[p], end = events->first[p + 1];
+            Lanes *y = (Lanes *)(acc + events->pairs[2 * i + 1] * block), sum[block / WIDTH];
+            for (int64_t j = 0; j < block / WIDTH; j++) sum[j] = y[j];
+            do {
+                const Lanes *row = (const Lanes *)(rows + events->channel[e] * block);
+                if (weighted)
+                    for (int64_t j = 0; j < block / WIDTH; j++) sum[j] += events->value[e] * row[j];
+                else
+                    for (int64_t j = 0; j < block / WIDTH; j++) sum[j] += row[j];
+            } while (++e < end);
+            for (int64_t j = 0; j < block / WIDTH; j++) y[j] = sum[j];
+        }
+    }
+}
+
+/* acc [out_positions][block] = block `b` of the response to the events, bias included. */
+static void respond(const Connection *k, int64_t b, const Events *events, int weighted, float *acc) {
+    memset(acc, 0, k->out_positions * k->block * sizeof(float));
+    switch (k->block + weighted) {
+        case 16: walk(k, b, events, 0, 16, acc); break;
+        case 17: walk(k, b, events, 1, 16, acc); break;
+        case 32: walk(k, b, events, 0, 32, acc); break;
+        case 33: walk(k, b, events, 1, 32, acc); break;
+        case 48: walk(k, b, events, 0, 48, acc); break;
+        case 49: walk(k, b, events, 1, 48, acc); break;
+        case 64: walk(k, b, events, 0, 64, acc); break;
+        case 65: walk(k, b, events, 1, 64, acc); break;
+    }
+    if (k->bias) {
+        int64_t first = b * k->block, n = k->out_channels - first < k->block ? k->out_channels - first : k->block;
+        for (int64_t p = 0; p < k->out_positions; p++)
+            for (int64_t j = 0; j < n; j++) acc[p * k->block + j] += k->bias[first + j];
+    }
+}
+
+#define STRETCH 512 /* neurons updated at a time: what a step reads and writes of them stays in the first-level cache */
+
+/* One step of n neurons: the same operations in the same order as ide_snn.neurons.step_. Overwrites `current`.
+ * One loop per operation: each is a few vectors long, and the compiler vectorises all of them. */
+static inline void advance(int64_t n, float *restrict current, const float *restrict gain, const float *restrict drive,
+                           float *restrict u, uint8_t *restrict spikes, float *restrict weighted, float *restrict count,
+                           float threshold, float leak) {
+    if (gain)
+        for (int64_t j = 0; j < n; j++) current[j] *= gain[j];
+    if (drive)
+        for (int64_t j = 0; j < n; j++) current[j] += drive[j];
+    for (int64_t j = 0; j < n; j++) {
+        float v = u[j] + current[j];
+        float s = v >= threshold ? 1.0f : 0.0f;
+        u[j] = (v - threshold * s) * leak;
+        current[j] = s;
+    }
+    for (int64_t j = 0; j < n; j++) spikes[j] = (uint8_t)(int32_t)current[j];
+    if (weighted)
+        for (int64_t j = 0; j < n; j++) weighted[j] = weighted[j] * leak + current[j];
+    if (count)
+        for (int64_t j = 0; j < n; j++) count[j] += current[j];
+}
+
+/* Population i of one sample, driven by the events of its predecessor. */
+static void update(const Connection *k, const Population *q, int64_t sample, const Events *events, const float *drive,
+                   float threshold, float leak, float *acc) {
+    int64_t base = sample * q->size;
+    for (int64_t b = 0; b < k->blocks; b++) {
+        respond(k, b, events, 0, acc);
+        int64_t first = b * k->block, n = k->out_channels - first < k->block ? k->out_channels - first : k->block;
+        /* positions follow each other in memory where one block has all channels */
+        int64_t together = k->block == k->out_channels ? STRETCH / k->block : 1;
+        for (int64_t p = 0; p < k->out_positions; p += together) {
+            int64_t at = base + p * k->out_channels + first, left = k->out_positions - p;
+            advance(n * (left < together ? left : together), acc + p * k->block, k->gain ? k->gain + at : 0, drive ? drive + at : 0, q->u + at, q->spikes + at,
+                    q->weighted ? q->weighted + at : 0, q->count ? q->count + at : 0, threshold, leak);
+        }
+    }
+}
+
+/* `steps` time steps. connections[0] is the feedback, connections[i] leads from population i - 1 to i.
+ * work: acc [largest out_positions * block], channel [largest input + 8], first, order, pairs [4 * (largest positions + 1)],
+ * of this thread. */
+void simulate(const Connection *connections, const Population *populations, int64_t n, int64_t batch, int64_t steps,
+              const float *drive, float threshold, float leak, int64_t most, int64_t *next, float *acc,
+              int32_t *channel, int32_t *first) {
+    Events events = {channel, 0, first, first + most, first + 2 * most, 0};
+    for (int64_t sample; (sample = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < batch;)
+        for (int64_t t = 0; t < steps; t++)
+            for (int64_t i = 0; i < n; i++) {
+                const Connection *k = connections + i;
+                const Population *source = populations + (i ? i - 1 : n - 1);
+                collect_spikes(source->spikes + sample * source->size, k->in_positions, k->in_channels, &events);
+                update(k, populations + i, sample, &events, i ? 0 : drive, threshold, leak, acc);
+            }
+}
+
+/* y = gain * (K (scale * x) + bias) for x, scale [B][in_positions][in_channels] with many zeros; scale may be NULL. */
+void product(const Connection *k, int64_t batch, const float *x, const float *scale, float *y, int64_t *next, float *acc,
+             int32_t *channel, float *value, int32_t *first) {
+    int64_t most = k->in_positions + 1;
+    Events events = {channel, value, first, first + most, first + 2 * most, 0};
+    int64_t in = k->in_positions * k->in_channels, out = k->out_positions * k->out_channels;
+    for (int64_t sample; (sample = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < batch;) {
+        collect_values(x + sample * in, scale ? scale + sample * in : 0, k->in_positions, k->in_channels, &events);
+        for (int64_t b = 0; b < k->blocks; b++) {
+            respond(k, b, &events, 1, acc);
+            int64_t c = b * k->block, n = k->out_channels - c < k->block ? k->out_channels - c : k->block;
+            for (int64_t p = 0; p < k->out_positions; p++) {
+                int64_t at = sample * out + p * k->out_channels + c;
+                memcpy(y + at, acc + p * k->block, n * sizeof(float));
+                if (k->gain)
+                    for (int64_t j = 0; j < n; j++) y[at + j] *= k->gain[at + j];
+            }
+        }
+    }
+}

@@ -1,0 +1,23 @@
+"""How the products of a forward and of its solve are computed.
+
+| precision | on a CPU | on a GPU |
+| --- | --- | --- |
+| `float32` | torch's dense products: the reference | the same |
+| `exact`   | event-driven (`ide_snn.event_driven`): float32 sums over the spikes | dense, fused neuron kernel |
+| `fast`    | the same; in `configs/precision` the solver stops at a residual of 1e-2 | the same |
+
+Nothing is rounded further than float32 does. Where the machine lacks what a precision needs, the dense products are
+taken and the log says why.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Precision = Literal["float32", "exact", "fast"]
+
+
+def require_precision(value: str) -> None:
+    """Raises ValueError unless `value` is one."""
+    if value not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {value!r}")

@@ -1,0 +1,275 @@
+"""The event-driven kernels against torch's dense products."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import example_input, small_block, warmed_up
+from torch import Tensor, nn
+
+from ide_snn import FeedbackSNN, Gmres, NeuronParams, event_driven, native
+from ide_snn.bptt import Bptt
+from ide_snn.event_driven import EventConnection
+from ide_snn.layers import Affine
+from ide_snn.operators import Operator
+from ide_snn.simulation import Record, simulate
+from ide_snn.solvers import LinearProblem, Outcome, solve
+
+REASON = native.why_unavailable("events")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")
+
+MODULES = {
+    "linear": (nn.Linear(37, 45), (37,)),
+    "conv": (nn.Conv2d(10, 12, 3, padding=1), (10, 5, 7)),
+    "strided": (nn.Conv2d(3, 70, 5, stride=2, padding=2), (3, 9, 8)),
+    "dilated": (nn.Conv2d(4, 5, 3, stride=(1, 2), padding=(2, 1), dilation=(2, 1)), (4, 8, 6)),
+    "transposed": (nn.ConvTranspose2d(9, 6, 3, stride=2, padding=1, output_padding=1), (9, 4, 5)),
+    "wide": (nn.Conv2d(6, 200, 1), (6, 3, 3)),
+}
+
+
+def dyadic(shape: tuple[int, ...], scale: float, generator: torch.Generator) -> Tensor:
+    """Multiples of 2^-6 of a few units: float32 adds them exactly, so the order of a sum means nothing."""
+    return (torch.randn(shape, generator=generator) * scale * 64).round() / 64
+
+
+def affine_of(module: nn.Module, shape: tuple[int, ...], batch: int, *, dropout: bool = True) -> Affine:
+    generator = torch.Generator().manual_seed(0)
+    operator = Operator.of(module)
+    weight = dyadic(tuple(module.weight.shape), 0.3, generator)
+    bias = dyadic((operator.out_channels,), 0.3, generator)
+    output = operator.output_shape(shape)
+    gain = 2.0 * (torch.rand(batch, *output, generator=generator) > 0.5) if dropout else None
+    return Affine(operator, weight, bias, 1, gain, shape)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_products_and_adjoints_equal_the_dense_ones(name: str) -> None:
+    module, shape = MODULES[name]
+    affine = affine_of(module, shape, 3)
+    generator = torch.Generator().manual_seed(1)
+    x = dyadic((3, *shape), 1.0, generator).relu()
+    scale = dyadic((3, *shape), 1.0, generator)
+    torch.testing.assert_close(EventConnection(affine)(x), affine(x), rtol=0, atol=0)
+    torch.testing.assert_close(EventConnection(affine)(x, scale), affine(x * scale), rtol=1e-6, atol=1e-5)
+    y = torch.randn(3, *affine.operator.output_shape(shape), generator=generator)
+    torch.testing.assert_close(
+        EventConnection(affine, adjoint=True)(y),
+        affine.operator.adjoint(y, affine.weight, shape),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    transposed=st.booleans(),
+    channels=st.tuples(st.integers(1, 20), st.integers(1, 70)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    size=st.tuples(st.integers(7, 9), st.integers(7, 9)),
+)
+def test_any_geometry(transposed, channels, kernel, stride, padding, dilation, size) -> None:
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    module = kind(*channels, kernel, stride=stride, padding=padding, dilation=dilation)
+    shape = (channels[0], *size)
+    affine = affine_of(module, shape, 2, dropout=False)
+    x = (torch.rand(2, *shape, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+    torch.testing.assert_close(EventConnection(affine)(x), affine(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("leak", [1.0, 0.5])
+@pytest.mark.parametrize("populations", [1, 3])
+def test_simulation_equals_the_dense_one_bit_for_bit_where_sums_are_exact(leak: float, populations: int) -> None:
+    batch, shape = 4, (8, 6, 6)
+    feedback = affine_of(nn.Conv2d(8, 8, 5, padding=2), shape, batch)
+    layers = [affine_of(nn.Conv2d(8, 8, 3, padding=1), shape, batch) for _ in range(populations - 1)]
+    drive = dyadic((batch, *shape), 1.5, torch.Generator().manual_seed(3))
+    record = Record(all_rates=True, spike_fraction=True, spikes=True, membranes=True)
+    arguments = (drive, layers, feedback, [shape] * populations, NeuronParams(1.0, leak), 6, record)
+    dense, events = simulate(*arguments), simulate(*arguments, path="events")
+    assert 0.05 < float(dense.firing_rate.mean()) < 0.95
+    assert (dense.path, events.path) == ("dense", "events")
+    for name in ("all", "spike_fraction", "spikes", "membranes"):
+        for mine, theirs in zip(getattr(events, name), getattr(dense, name), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    # all steps in one call, without anybody looking, are the same steps
+    torch.testing.assert_close(simulate(*arguments[:-1], path="events").last, dense.last, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("leak", [1.0, 0.95])
+@pytest.mark.parametrize("record", [Record(), Record(all_rates=True, spike_fraction=True, spikes=True)])
+def test_the_fused_kernel_has_the_rounding_of_the_dense_path(leak: float, record: Record) -> None:
+    batch, shape = 4, (8, 6, 6)
+    torch.manual_seed(0)
+    maps = [affine_of(nn.Conv2d(8, 8, 3, padding=1), shape, batch) for _ in range(3)]
+    maps = [replace(affine, weight=torch.randn_like(affine.weight) * 0.2) for affine in maps]
+    drive = torch.randn(batch, *shape)
+    arguments = (drive, maps[1:], maps[0], [shape] * 3, NeuronParams(1.0, leak), 6, record)
+    dense, fused = simulate(*arguments), simulate(*arguments, path="fused")
+    assert float(dense.last.mean()) > 0.05
+    for mine, theirs in zip((fused.last, *fused.all), (dense.last, *dense.all), strict=True):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(fused.spike_fraction + fused.spikes, dense.spike_fraction + dense.spikes, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_an_input_that_varies_in_time_and_looks_at_every_step() -> None:
+    batch, shape = 3, (5, 4, 4)
+    feedback = affine_of(nn.Conv2d(5, 5, 3, padding=1), shape, batch)
+    frames = dyadic((6, batch, *shape), 1.5, torch.Generator().manual_seed(4))
+    seen: dict[str, list[Tensor]] = {"dense": [], "events": []}
+    for path, rates in seen.items():
+        record = Record(on_step=lambda step, rates=rates: rates.append(torch.cat([step.last_rate(), *step.spikes])))
+        simulate(frames.__getitem__, [], feedback, [shape], NeuronParams(1.0, 0.5), 6, record, path=path)
+    assert len(seen["dense"]) == 6
+    for mine, theirs in zip(seen["events"], seen["dense"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_the_number_of_threads_does_not_matter() -> None:
+    block = small_block("conv", dropout=0.0, time_steps=20, precision="exact").float().eval()
+    x = example_input("conv", batch=7).float()
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(block(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def gradients(block: FeedbackSNN, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    block.zero_grad()
+    value = block(x)
+    weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(5))
+    (value * weights).sum().backward()
+    return value.detach(), [p.grad.clone() for p in block.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["conv", "multilayer"])
+def test_a_block_gives_the_rates_and_gradients_of_float32(kind: str) -> None:
+    # few steps: later a spike more or less, from rounding, would be another network
+    options = {"dropout": 0.0, "time_steps": 3, "solver": Gmres(tol=1e-6)}
+    torch.manual_seed(0)
+    plain = warmed_up(small_block(kind, **options).float())
+    block = small_block(kind, precision="exact", **options).float()
+    block.load_state_dict(plain.state_dict())
+    x = example_input(kind).float()
+    paths = []
+    block.register_simulation_hook(lambda rates: paths.append(rates.path))
+    (value, found), (expected, wanted) = gradients(block.eval(), x), gradients(plain.eval(), x)
+    assert paths == ["events"]
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_nan_poisons_its_sample_only() -> None:
+    block = small_block("conv", dropout=0.0, time_steps=4, check_input=False, precision="exact").float().eval()
+    x = example_input("conv", batch=3).float()
+    x[1, 0, 0, 0] = float("nan")
+    rates = block(x).detach()
+    assert bool(rates[1].isnan().all())
+    assert bool(rates[[0, 2]].isfinite().all())
+
+
+def test_native_gmres_solves_as_torch_and_as_linear_algebra() -> None:
+    generator = torch.Generator().manual_seed(6)
+    matrix = 0.8 * torch.linalg.qr(torch.randn(60, 60, generator=generator)).Q
+    rhs = torch.randn(5, 60, generator=generator)
+    rhs[2] = 0
+    solutions = [
+        solve(LinearProblem(lambda v: v @ matrix.T, rhs, native=flag), Gmres(tol=1e-5, max_steps=60))
+        for flag in (False, True)
+    ]
+    exact = torch.linalg.solve(torch.eye(60) - matrix, rhs.T).T
+    for solution in solutions:
+        assert solution.outcome is Outcome.converged
+        torch.testing.assert_close(solution.value, exact, rtol=0, atol=3e-4)
+    assert solutions[0].stats.products == solutions[1].stats.products
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "words", "level"),
+    [
+        ("conv", torch.float64, "float64", logging.WARNING),
+        ("pooled", torch.float32, "average pooling", logging.WARNING),
+        ("fc", torch.float32, "it is faster", logging.INFO),
+    ],
+)
+def test_what_it_does_not_do_is_done_densely_and_said_once(kind: str, dtype, words: str, level: int, caplog) -> None:
+    block = small_block(kind, dropout=0.0, time_steps=3, precision="fast").to(dtype)
+    with caplog.at_level(logging.INFO, "ide_snn.block"):
+        for _ in range(2):
+            block.eval()(example_input(kind).to(dtype))
+    said = [record for record in caplog.records if "precision=fast" in record.message]
+    assert len(said) == 1
+    assert said[0].levelno == level
+    assert words in said[0].message
+
+
+def test_without_a_compiler_the_dense_products_are_taken(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(event_driven.native, "why_unavailable", lambda name: f"no {name} here")
+    block = small_block("conv", dropout=0.0, time_steps=3, precision="exact").float().eval()
+    plain = small_block("conv", dropout=0.0, time_steps=3).float().eval()
+    plain.load_state_dict(block.state_dict())
+    x = example_input("conv").float()
+    with caplog.at_level(logging.INFO, "ide_snn.block"):
+        assert torch.equal(block(x), plain(x))
+    assert "dense (no events here)" in caplog.text
+
+
+@pytest.fixture
+def fresh_library(monkeypatch):
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_kernels_are_compiled_once_into_the_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("IDE_SNN_CACHE", str(tmp_path / "kernels"))
+    native.library("krylov")
+    (made,) = (tmp_path / "kernels").iterdir()
+    stamp = made.stat().st_mtime_ns
+    native.library("krylov")
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "kernels").iterdir()] == [stamp]
+
+
+@pytest.mark.usefixtures("fresh_library")
+def test_reasons_name_the_remedy(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("IDE_SNN_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(native.NativeUnavailable, match="named by CC was not found"):
+        native.library("events")
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(native.NativeUnavailable, match="failed on events"):
+        native.library("events")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.delenv("CC")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("IDE_SNN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(native.NativeUnavailable, match="set IDE_SNN_CACHE"):
+        native.library("events")
+
+
+def test_errors_of_a_thread_reach_the_caller() -> None:
+    with pytest.raises(ZeroDivisionError):
+        native.on_all_threads(lambda: 1 / 0, native.WORTH_A_THREAD)  # type: ignore[arg-type,return-value]
+
+
+def test_bad_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="float32, exact, fast"):
+        small_block("conv", precision="half")
+    block = small_block("conv", precision="fast", gradient=Bptt())
+    with pytest.raises(ValueError, match="implicit differentiation"):
+        block(example_input("conv").to(next(block.parameters()).dtype))
