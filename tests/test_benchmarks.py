@@ -174,6 +174,15 @@ def test_every_way_computes_the_product(name: str, role: str) -> None:
         assert error <= floor.ERROR[r.way.format], (r.way, error)
 
 
+@pytest.mark.parametrize("two", [False, True])
+def test_integer_planes_carry_the_weight(two: bool) -> None:
+    spikes, weight = (torch.rand(20, 9) < 0.5).float(), torch.randn(7, 9)
+    planes, scale = ways._planes(weight, two)
+    found = ways._bytes(spikes, two).double() @ planes.double().t() * scale.double()
+    expected = spikes.double() @ weight.double().t()
+    assert float((found - expected).norm() / expected.norm()) < (1e-4 if two else 2e-2)
+
+
 def test_formats_of_real_numbers_have_no_integers() -> None:
     for precision, formats in floor.ALLOWED.items():
         assert not any(f.startswith("int8") for f in formats["numbers"]), precision
@@ -298,6 +307,10 @@ def test_state_is_copied_and_loaded() -> None:
     other.load(state)
     for key, value in other.model.state_dict().items():
         assert torch.equal(value, state["model"][key])
+    momenta = [value["momentum_buffer"] for value in other.optimizer.state.values()]
+    assert len(momenta) == len(state["optimizer"]["state"]) > 0
+    for momentum, kept in zip(momenta, state["optimizer"]["state"].values(), strict=True):
+        assert torch.equal(momentum, kept["momentum_buffer"])
     assert any(not torch.equal(v, ours.model.state_dict()[k]) for k, v in state["model"].items())
 
 
@@ -383,6 +396,7 @@ def test_step_by_step_peer_has_our_products(case: str) -> None:
         ours.model.population_shapes
     )
     network.step(x, y)
+    assert all(parameter.grad is not None for parameter in network.model.parameters())  # the feedback's too
     ops = {p.shape for p in network.model.parameters() if p.dim() > 1}
     block = ours.model.block
     assert {c.op.weight.shape for c in (block.input, *block.layers, block.feedback)} <= ops
@@ -454,7 +468,7 @@ def test_original_is_built_from_its_clone(tmp_path: Path) -> None:
     ("experiment", "expected"),
     [
         ("mnist_f64c5_lif", {"c_in": 1, "c_hidden": 64, "h_hidden": 14, "kernel_size_s": 5, "leaky": 0.95}),
-        ("cifar10_alexnetf_lif", {"c_hidden": 96, "c_s1": 256, "c_s4": 256, "w_hidden": 8, "leaky": 0.99}),
+        ("cifar10_alexnetf_lif", {"c_hidden": 96, "c_s1": 256, "c_s4": 256, "h_hidden": 8, "w_hidden": 8}),
         ("cifar10_cifarnetf_lif", {"c_hidden": 128, "c_s3": 1024, "c_s4": 512, "time_step": 30}),
     ],
 )
@@ -505,6 +519,14 @@ def test_dry_run(dry_run: dict, capsys: pytest.CaptureFixture[str]) -> None:
     assert "random images" in text
     out = capsys.readouterr().out
     assert "written to" in out or out == ""
+
+
+def test_variants_start_from_the_same_weights(tmp_path: Path) -> None:
+    arguments = ["--warm-steps", "1", "--peers", "--variant", "seed=0", "seed=1", "--output", str(tmp_path)]
+    variants = Variant.all_of([], ["seed=0", "seed=1"])
+    run = steps.CaseRun(Setting("f400", batch=8, overrides=SMALL["f400"]), variants, steps.parse(arguments))
+    one, two = (ours.model.state_dict() for ours in run.ours.values())
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_report_has_ratios_and_marks_rejected_floors() -> None:
