@@ -45,6 +45,7 @@ class Bptt:
     Args:
         surrogate: one of `ide_snn.surrogate`; its derivative is taken at u - V_th.
         bn: what the chain's batch norms normalise by while training; in evaluation always running statistics.
+            "per_step" was the most accurate of the three (results/bptt_bn.md) and is the default.
             "frozen": running statistics, folded into the weights, as the simulation of implicit differentiation has it
             (the value is the same, bit for bit). They are updated by one application of f at the rates.
             "per_step": the statistics of each step's batch; every step updates the running ones.
@@ -66,7 +67,7 @@ class Bptt:
     """
 
     surrogate: Surrogate = field(default_factory=ATan)
-    bn: Statistics = "frozen"
+    bn: Statistics = "per_step"
     output: Output = "rate"
     reset: Reset = "soft"
     detach_reset: bool = False

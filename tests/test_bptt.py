@@ -53,8 +53,9 @@ def assert_equal(results) -> None:
 
 @pytest.mark.parametrize(("kind", "leak", "reset"), list(itertools.product(KINDS, [1.0, 0.9], ["soft", "hard"])))
 @pytest.mark.parametrize(("pack", "recompute"), [(True, None), (True, 1), (True, 4), (False, None), (False, 4)])
-def test_gradient_equals_plain_autograd_bit_for_bit(kind, leak, reset, pack, recompute) -> None:
-    assert_equal(compare(kind, Bptt(reset=reset, pack=pack, recompute=recompute), leak=leak))
+@pytest.mark.parametrize("bn", ["frozen", "per_step"])
+def test_gradient_equals_plain_autograd_bit_for_bit(kind, leak, reset, pack, recompute, bn) -> None:
+    assert_equal(compare(kind, Bptt(bn=bn, reset=reset, pack=pack, recompute=recompute), leak=leak))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,8 +68,8 @@ def test_gradient_equals_plain_autograd_bit_for_bit(kind, leak, reset, pack, rec
         {"truncate": 4, "recompute": 3},
         {"output": "spikes"},
         {"output": "spikes", "truncate": 3, "recompute": 20},
-        {"bn": "per_step"},
-        {"bn": "per_step", "recompute": 3, "truncate": 4, "output": "spikes"},
+        {"recompute": 3, "truncate": 4, "output": "spikes"},
+        {"bn": "frozen", "recompute": 3, "truncate": 4, "output": "spikes"},
         {"surrogate": Sigmoid(alpha=1.0)},
     ],
     ids=str,
@@ -108,8 +109,8 @@ def test_surrogates_change_the_gradient_only() -> None:
 @pytest.mark.parametrize("with_time", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 def test_rates_statistics_and_state_dict_are_those_of_ide(kind: str, with_time: bool, training: bool) -> None:
-    """Same masks, same rates, and after a training forward the same running statistics, all bit for bit."""
-    block = block_of(kind, Bptt(), with_time=with_time).train(training)
+    """Frozen statistics: same masks, same rates, and after a training forward the same running statistics, all bit for bit."""
+    block = block_of(kind, Bptt(bn="frozen"), with_time=with_time).train(training)
     ide = copy.deepcopy(block)
     ide.gradient = Implicit()
     x = 2 * example_input(kind, time_steps=T if with_time else None)
@@ -127,7 +128,7 @@ def test_rates_statistics_and_state_dict_are_those_of_ide(kind: str, with_time: 
 def test_the_cores_networks_have_equal_rates(name: str, leak: float, dtype: torch.dtype) -> None:
     kind, shape, options = NETWORKS[name]
     nets, x = [], 2 * torch.randn(16, *shape, dtype=dtype)
-    for gradient in (Implicit(), Bptt(recompute=3)):
+    for gradient in (Implicit(), Bptt(bn="frozen", recompute=3)):
         neuron = NeuronParams(2.0, leak)
         net = kind(shape, 3, neuron=neuron, time_steps=12, gradient=gradient, generator=seeded(), **options).to(dtype)
         nets.append(net)
@@ -286,9 +287,9 @@ def test_nan_shows(output: str, reset: str) -> None:
 
 def test_autocast_simulates_in_low_precision_and_differentiates_in_full() -> None:
     """Membranes that are computed again are computed in the precision of the forward pass."""
-    block = block_of("multilayer", Bptt(recompute=3)).float()
+    block = block_of("multilayer", Bptt(bn="frozen", recompute=3)).float()
     once, ide = copy.deepcopy(block), copy.deepcopy(block)
-    once.gradient, ide.gradient = Bptt(), Implicit()
+    once.gradient, ide.gradient = Bptt(bn="frozen"), Implicit()
     x = 2 * example_input("multilayer").float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value, other, rates = (owner(x, generator=seeded()) for owner in (block, once, ide))

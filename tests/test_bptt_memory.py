@@ -33,9 +33,9 @@ def test_bytes_kept_per_step(kind: str) -> None:
     for plain.time_steps in (12, 36):
         kept.append(saved_bytes(lambda: plain_bptt(plain, x, seeded())))
     populations = len(plain.layers) + 1
-    packed, neurons = per_step_bytes(kind, Bptt())
-    unpacked, _ = per_step_bytes(kind, Bptt(pack=False))
-    recomputed, _ = per_step_bytes(kind, Bptt(recompute=6))
+    packed, neurons = per_step_bytes(kind, Bptt(bn="frozen"))
+    unpacked, _ = per_step_bytes(kind, Bptt(bn="frozen", pack=False))
+    recomputed, _ = per_step_bytes(kind, Bptt(bn="frozen", recompute=6))
     assert unpacked == 8 * neurons
     assert neurons / 8 <= packed - 4 * neurons <= neurons / 8 + populations  # bits, padded to whole bytes
     assert packed - 4 * neurons <= (4 * neurons) / 32 + populations
@@ -46,7 +46,7 @@ def test_bytes_kept_per_step(kind: str) -> None:
 @pytest.mark.parametrize("bn", ["per_step", "time_batch"])
 def test_batch_statistics_keep_next_to_nothing_more(bn: str) -> None:
     """Their responses are computed again; the statistics so far are two numbers per channel."""
-    frozen, _ = per_step_bytes("multilayer", Bptt())
+    frozen, _ = per_step_bytes("multilayer", Bptt(bn="frozen"))
     other, _ = per_step_bytes("multilayer", Bptt(bn=bn))
     assert other - frozen == (0 if bn == "per_step" else 2 * 4 * (4 + 3))
 
@@ -78,7 +78,7 @@ def own_block(gradient: Bptt) -> FeedbackSNN:
 
 @pytest.mark.parametrize("recompute", [None, 4])
 def test_own_modules_are_differentiated_and_keep_their_bits_only(recompute: int | None) -> None:
-    block = own_block(Bptt(recompute=recompute)).train()
+    block = own_block(Bptt(bn="frozen", recompute=recompute)).train()
     twin = copy.deepcopy(block)
     x = 2 * example_input("conv")
     found, expected = block(x, generator=seeded()), plain_bptt(twin, x, seeded())
