@@ -5,10 +5,10 @@
 
 Every cell is a process of its own that trains the experiment's network with the same data order, recipe and seed, so
 nothing of one method's memory remains for the next. Peak memory is counted above the level at which model, optimizer
-and data exist: the resident set on a CPU, torch's allocator on a GPU. "Kept for backward" is what autograd saves in one
-forward of the whole model, counted by `saved_tensors_hooks`. Times are medians over the steps; run it on an otherwise
-idle machine. A cell that would train for longer than --limit seconds stops there: it has its memory and time, and its
-accuracy is stated as not run.
+and data exist, over the same number of steps for all: the resident set on a CPU, torch's allocator on a GPU. "Kept for
+backward" is what autograd saves in one forward of the whole model, counted by `saved_tensors_hooks`. Times are medians
+over the steps; run it on an otherwise idle machine. A cell that would train for longer than --limit seconds stops
+there: it has its memory and time, and its accuracy is stated as not run.
 
 --complete trains the cells that stopped early again, to the end and for their accuracy alone: their memory and time
 stay, so this needs no idle machine.
@@ -45,7 +45,7 @@ from ide_snn.hydra_tools import quote
 from ide_snn.optim import set_learning_rate
 from ide_snn.reporting import versions
 
-MIN_STEPS = 5  # of a cell that stops early: enough for a median
+MIN_STEPS = 10  # of a cell that stops early: enough for a median
 EXPERIMENTS = {"f400": "fashion_mnist_f400_lif", "f64c5": "mnist_f64c5_lif"}
 METHODS = {
     "ide": ["method=ide"],
@@ -86,7 +86,7 @@ def measure(network: str, method: str, time_steps: int, options: argparse.Namesp
     optimizer, schedule = build_optimizer(config, model), build_schedule(config)
     loaders = build_loaders(config, build_dataset(config), device)
     rates = [group["lr"] for group in optimizer.param_groups]
-    peak, times, losses, step, began = Peak(device), [], [], 0, time.perf_counter()
+    peak, memory, times, losses, step, began = Peak(device), 0, [], [], 0, time.perf_counter()
     for epoch in range(1 + options.steps // len(loaders.train)):
         for x, y in loaders.train.epoch(epoch):
             out_of_time = step >= MIN_STEPS and time.perf_counter() - began > options.limit
@@ -101,7 +101,9 @@ def measure(network: str, method: str, time_steps: int, options: argparse.Namesp
             losses.append(loss.item())  # waits for a GPU
             times.append(time.perf_counter() - start)
             step += 1
-    memory, kept, complete = peak.read(), kept_for_backward(model, x), step == options.steps
+            if step == MIN_STEPS:
+                memory = peak.read()
+    kept, complete = kept_for_backward(model, x), step == options.steps
     result = evaluate(model, loaders.test) if complete else None
     return {
         "network": network,
@@ -189,6 +191,7 @@ def main() -> None:
             else:
                 cell.update({key: found[key] for key in ("test_accuracy", "firing_rate", "train_loss")})
             print(table([cell]).splitlines()[-1], flush=True)
+            cells.sort(key=lambda c: (c["time_steps"], list(METHODS).index(c["method"]), c["seed"]))
             file.write_text(json.dumps({**saved, "cells": cells}, indent=2) + "\n")
     (options.output / "methods.md").write_text(table(cells))
     try:

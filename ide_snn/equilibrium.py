@@ -65,6 +65,11 @@ class EquilibriumMap:
     path: Path = "dense"
 
     @property
+    def has_native_vectors(self) -> bool:
+        """True where solves on tensors of a_n may use compiled kernels."""
+        return self.path == "events" or (self.path == "fused" and self.drive.device.type == "cpu")
+
+    @property
     def chain(self) -> tuple[FixedConnection, ...]:
         return (self.feedback, *self.layers)
 

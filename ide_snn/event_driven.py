@@ -18,7 +18,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -29,8 +29,6 @@ from ide_snn.layers import Affine
 from ide_snn.neurons import NeuronParams
 from ide_snn.operators import Operator
 
-# Its weight does not fit the cache that the rows of a convolution's taps fit, and one dense product is all it needs.
-DENSE_IS_FASTER = "for fully connected populations it is faster"
 LANES = 16  # of csrc/events.c
 MAX_BLOCK = 64  # output channels whose sums fit the registers
 
@@ -89,6 +87,18 @@ class _Population(ctypes.Structure):
     _fields_ = [("size", ctypes.c_int64), *((n, ctypes.c_void_p) for n in ("u", "spikes", "weighted", "count"))]
 
 
+def best_path(maps: Sequence[object]) -> tuple[Literal["events", "fused"], str | None]:
+    """(the fastest path for the recurrent connections `maps` on a CPU, None or why it cannot be taken).
+
+    Fully connected populations have dense products: their weight does not fit the cache that the rows of a
+    convolution's taps fit.
+    """
+    if not any(isinstance(affine, Affine) and affine.operator.kind == "linear" for affine in maps):
+        return "events", why_not(maps)
+    reasons = [_why_not(affine) for affine in maps] + [native.why_unavailable(name) for name in ("neurons", "krylov")]
+    return "fused", next((reason for reason in reasons if reason), None)
+
+
 def why_not(maps: Sequence[object]) -> str | None:
     """None where the event-driven kernels can take all of `maps`, else the reason."""
     reasons = (_why_not(affine) for affine in maps)
@@ -102,8 +112,6 @@ def _why_not(affine: object) -> str | None:
         return f"the weights are on {affine.weight.device}"
     if affine.weight.dtype != torch.float32:
         return f"the weights are {affine.weight.dtype}"
-    if affine.operator.kind == "linear":
-        return DENSE_IS_FASTER
     if affine.pool > 1:
         return "a connection has average pooling"
     if affine.operator.groups > 1:

@@ -25,7 +25,16 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 # No contraction of a * b + c to one rounding: the kernels promise the rounding of the torch operations they replace.
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-std=gnu11")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+    "-std=gnu11",
+)
 
 # Starting a thread, beside those of torch that still wait actively for work, costs what a few 100,000 numbers do.
 WORTH_A_THREAD = 1 << 20

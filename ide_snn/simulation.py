@@ -10,7 +10,7 @@ All membranes and spikes are zero at t = 0. Source: Xiao et al., NeurIPS 2021, s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ide_snn import event_driven
 from ide_snn.kernels import in_layout_of, neuron_step_
-from ide_snn.layers import cached_weights
+from ide_snn.kernels.native import native_step_, why_not_native
+from ide_snn.layers import Affine, cached_weights
 from ide_snn.neurons import NeuronParams, step_
 
 Advance = Callable[[Tensor, Tensor, Tensor, NeuronParams], None]
@@ -193,34 +194,49 @@ def simulate(
 class _Dense:
     """Steps by the maps' own products. `maps` are feedback, then those from population i to i + 1.
 
-    Without `advance` the neurons are those of the fused kernel.
+    Without `advance` the neurons are those of a fused kernel: compiled C where it can take them, else `neuron_step_`.
     """
 
     def __init__(
         self, maps: Sequence[Map], populations: Sequence[_Population], neuron: NeuronParams, advance: Advance | None
     ) -> None:
         self.maps, self.populations, self.neuron, self.advance = maps, populations, neuron, advance
+        self.native = all(why_not_native(population.u) is None for population in populations)
 
     def run(self, x: Tensor, start: int, steps: int) -> None:
         feedback, *layers = self.maps
         first, *others = self.populations
-        dtype = first.u.dtype
         for t in range(start, start + steps):
             if t > 0 or not feedback.is_silent_at_zero:
-                current = feedback(self.populations[-1].spikes)
-                current = current.add_(x) if current.dtype == dtype else current.to(dtype).add_(x)
+                spikes = self._step(first, feedback, self.populations[-1].spikes, x)
             else:
-                current = x
-            spikes = self._step(first, current)
+                spikes = self._update(first, x)
             for layer, population in zip(layers, others, strict=True):
-                spikes = self._step(population, layer(spikes))
+                spikes = self._step(population, layer, spikes)
 
-    def _step(self, population: _Population, current: Tensor) -> Tensor:
+    def _step(self, population: _Population, link: Map, spikes: Tensor, drive: Tensor | None = None) -> Tensor:
+        """One step of a population, driven by its predecessor's spikes."""
+        dtype = population.u.dtype
+        if self.advance is None and isinstance(link, Affine):
+            current = replace(link, gain=None)(spikes)
+            return self._update(population, current, link.gain, drive)
+        current = link(spikes)
+        if drive is not None:
+            current = current.add_(drive) if current.dtype == dtype else current.to(dtype).add_(drive)
+        return self._update(population, current)
+
+    def _update(
+        self, population: _Population, current: Tensor, gain: Tensor | None = None, drive: Tensor | None = None
+    ) -> Tensor:
+        """Integrates gain * current + drive; returns the spikes."""
         if self.advance is None:
-            u, weighted = population.u, population.weighted
+            u, weighted, spikes = population.u, population.weighted, population.spikes
             count = None if population.count is weighted else population.count
-            neuron_step_(in_layout_of(u, current), u, population.spikes, self.neuron, rate=weighted, count=count)
-            return population.spikes
+            kernel = native_step_ if self.native else neuron_step_
+            gain, drive = (None if x is None else in_layout_of(u, x) for x in (gain, drive))
+            current = in_layout_of(u, current)
+            kernel(current, u, spikes, self.neuron, gain=gain, drive=drive, rate=weighted, count=count)
+            return spikes
         self.advance(current, population.u, population.spikes, self.neuron)
         if population.weighted is not None:
             if self.neuron.leak != 1:

@@ -109,7 +109,7 @@ def test_surrogates_change_the_gradient_only() -> None:
 @pytest.mark.parametrize("with_time", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 def test_rates_statistics_and_state_dict_are_those_of_ide(kind: str, with_time: bool, training: bool) -> None:
-    """Frozen statistics: same masks, same rates, and after a training forward the same running statistics, all bit for bit."""
+    """Frozen statistics: same masks, same rates, then the same running statistics, all bit for bit."""
     block = block_of(kind, Bptt(bn="frozen"), with_time=with_time).train(training)
     ide = copy.deepcopy(block)
     ide.gradient = Implicit()

@@ -106,10 +106,13 @@ def test_simulation_equals_the_dense_one_bit_for_bit_where_sums_are_exact(leak: 
 
 @pytest.mark.parametrize("leak", [1.0, 0.95])
 @pytest.mark.parametrize("record", [Record(), Record(all_rates=True, spike_fraction=True, spikes=True)])
-def test_the_fused_kernel_has_the_rounding_of_the_dense_path(leak: float, record: Record) -> None:
-    batch, shape = 4, (8, 6, 6)
+@pytest.mark.parametrize(
+    ("module", "shape"), [(nn.Conv2d(8, 8, 3, padding=1), (8, 6, 6)), (nn.Linear(600, 600), (600,))]
+)
+def test_the_fused_kernel_has_the_rounding_of_the_dense_path(leak: float, record: Record, module, shape) -> None:
+    batch = 4
     torch.manual_seed(0)
-    maps = [affine_of(nn.Conv2d(8, 8, 3, padding=1), shape, batch) for _ in range(3)]
+    maps = [affine_of(module, shape, batch) for _ in range(3)]
     maps = [replace(affine, weight=torch.randn_like(affine.weight) * 0.2) for affine in maps]
     drive = torch.randn(batch, *shape)
     arguments = (drive, maps[1:], maps[0], [shape] * 3, NeuronParams(1.0, leak), 6, record)
@@ -119,6 +122,19 @@ def test_the_fused_kernel_has_the_rounding_of_the_dense_path(leak: float, record
         assert torch.equal(mine, theirs)
     for mine, theirs in zip(fused.spike_fraction + fused.spikes, dense.spike_fraction + dense.spikes, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fully_connected_rates_are_those_of_float32_bit_for_bit(training: bool) -> None:
+    plain = small_block("fc", dropout=0.2, time_steps=12).float().train(training)
+    fast = small_block("fc", dropout=0.2, time_steps=12, precision="fast").float().train(training)
+    fast.load_state_dict(plain.state_dict())
+    x, paths = 2 * example_input("fc").float(), []
+    fast.register_simulation_hook(lambda rates: paths.append(rates.path))
+    rates = [block(x, generator=torch.Generator().manual_seed(1)) for block in (plain, fast)]
+    assert torch.equal(*rates)
+    assert float(rates[0].detach().mean()) > 0.05
+    assert paths == ["fused"]
 
 
 def test_an_input_that_varies_in_time_and_looks_at_every_step() -> None:
@@ -205,7 +221,7 @@ def test_native_gmres_solves_as_torch_and_as_linear_algebra() -> None:
     [
         ("conv", torch.float64, "float64", logging.WARNING),
         ("pooled", torch.float32, "average pooling", logging.WARNING),
-        ("fc", torch.float32, "it is faster", logging.INFO),
+        ("fc", torch.float32, "dense products, fused neurons", logging.INFO),
     ],
 )
 def test_what_it_does_not_do_is_done_densely_and_said_once(kind: str, dtype, words: str, level: int, caplog) -> None:

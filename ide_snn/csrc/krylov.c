@@ -1,4 +1,4 @@
-/* The vector work of one GMRES step in float32, one pass over memory; ide_snn/solvers/gmres.py has the mathematics. */
+/* The vector work of a linear solve in float32, one pass over memory; ide_snn/solvers has the mathematics. */
 
 #include <math.h>
 #include <stdint.h>
@@ -26,28 +26,105 @@ static double dot(int64_t n, const float *x, const float *y) {
     return total;
 }
 
-/* For each group g of [groups][n]: w = q_k - image, made orthogonal to q_1..q_k by modified Gram-Schmidt and normalised;
- * it overwrites image. h [k + 1][groups] gets the coefficients and last ||w||; a w below `noise` times its length
- * before is noise, and becomes 0. */
-void arnoldi(int64_t groups, int64_t n, int64_t k, const float *const *basis, float *image, float *h, int64_t passes,
-             float noise, int64_t *next) {
+/* r = b + image - y, which overwrites image, and its norm, for each group of [groups][n]. */
+void residual(int64_t groups, int64_t n, const float *b, const float *y, float *image, float *norm, int64_t *next) {
+    for (int64_t g; (g = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < groups;) {
+        float *r = image + g * n;
+        for (int64_t i = 0; i < n; i++) r[i] = (b[g * n + i] + r[i]) - y[g * n + i];
+        norm[g] = (float)sqrt(dot(n, r, r));
+    }
+}
+
+/* scaled = b / unit with unit a power of two near the largest |b| of the group (1 where that is 0 or not finite), and
+ * norm = ||scaled||. */
+void rescale(int64_t groups, int64_t n, const float *b, float *scaled, float *unit, float *norm, int64_t *next) {
+    for (int64_t g; (g = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < groups;) {
+        const float *x = b + g * n;
+        float *y = scaled + g * n, largest = 0, poison = 0;
+        for (int64_t i = 0; i < n; i++) {
+            float size = fabsf(x[i]);
+            largest = size > largest ? size : largest;
+            poison += x[i] * 0; /* NaN where one is NaN or infinite */
+        }
+        int exponent = 0;
+        if (largest > 0 && poison == 0) frexpf(largest, &exponent);
+        exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+        float factor = ldexpf(1, -exponent);
+        for (int64_t i = 0; i < n; i++) y[i] = x[i] * factor;
+        unit[g] = ldexpf(1, exponent);
+        norm[g] = (float)sqrt(dot(n, y, y));
+    }
+}
+
+/* A Krylov space of at most m dimensions, in double: for each group the triangular factor R [m][m] (by columns), the
+ * rotations (cos, sin) [m][2], and the right-hand side [m + 1] of min ||beta e_1 - H c||. */
+static double *state_of(double *state, int64_t g, int64_t m) { return state + g * (m * m + 3 * m + 1); }
+
+/* Starts the spaces: r becomes q_1 = r / ||r||, 0 where r is. */
+void start(int64_t groups, int64_t n, float *r, double *state, int64_t m, int64_t *next) {
+    for (int64_t g; (g = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < groups;) {
+        float *q = r + g * n;
+        double length = sqrt(dot(n, q, q));
+        float factor = length == 0 ? 0.0f : (float)(1 / length);
+        for (int64_t i = 0; i < n; i++) q[i] *= factor;
+        state_of(state, g, m)[m * m + 2 * m] = length;
+    }
+}
+
+/* For each group: w = q_k - image, made orthogonal to q_1..q_k by modified Gram-Schmidt and normalised, overwrites
+ * image; a w below `noise` times its length before is noise, and becomes 0. Its coefficients, column k of H, are turned
+ * by Givens rotations; predicted [groups] gets the residual norm of the least-squares problem. */
+void extend(int64_t groups, int64_t n, int64_t k, const float *const *basis, float *image, double *state, int64_t m,
+            int64_t passes, float noise, float *predicted, int64_t *next) {
     for (int64_t g; (g = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < groups;) {
         float *w = image + g * n;
         const float *newest = basis[k - 1] + g * n;
+        double *column = state_of(state, g, m) + (k - 1) * m, *rotation = state_of(state, g, m) + m * m;
+        double *right = rotation + 2 * m;
         for (int64_t i = 0; i < n; i++) w[i] = newest[i] - w[i];
         double before = sqrt(dot(n, w, w));
-        for (int64_t j = 0; j < k; j++) h[j * groups + g] = 0;
+        for (int64_t j = 0; j < k; j++) column[j] = 0;
         for (int64_t pass = 0; pass < passes; pass++)
             for (int64_t j = 0; j < k; j++) {
                 const float *q = basis[j] + g * n;
                 float c = (float)dot(n, q, w);
                 for (int64_t i = 0; i < n; i++) w[i] -= c * q[i];
-                h[j * groups + g] += c;
+                column[j] += c;
             }
         double length = sqrt(dot(n, w, w));
         if (length <= noise * before) length = 0; /* also NaN stays NaN */
-        h[k * groups + g] = (float)length;
         float unit = length == 0 ? 0.0f : (float)(1 / length);
         for (int64_t i = 0; i < n; i++) w[i] *= unit;
+
+        for (int64_t i = 0; i + 1 < k; i++) {
+            double upper = column[i], lower = column[i + 1], cosine = rotation[2 * i], sine = rotation[2 * i + 1];
+            column[i] = cosine * upper + sine * lower;
+            column[i + 1] = cosine * lower - sine * upper;
+        }
+        double radius = hypot(column[k - 1], length);
+        double cosine = radius > 0 ? column[k - 1] / radius : 1, sine = radius > 0 ? length / radius : 0;
+        if (isnan(radius)) cosine = sine = radius;
+        rotation[2 * k - 2] = cosine;
+        rotation[2 * k - 1] = sine;
+        column[k - 1] = radius;
+        right[k] = -sine * right[k - 1];
+        right[k - 1] *= cosine;
+        predicted[g] = (float)fabs(right[k]);
+    }
+}
+
+/* y += c_1 q_1 + ... + c_k q_k with R c = right; an exhausted direction gets 0. */
+void combine(int64_t groups, int64_t n, int64_t k, const float *const *basis, float *y, double *state, int64_t m,
+             int64_t *next) {
+    for (int64_t g; (g = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < groups;) {
+        double *r = state_of(state, g, m), *c = r + m * m + 2 * m; /* the solution overwrites the right-hand side */
+        for (int64_t i = k - 1; i >= 0; i--) {
+            for (int64_t j = i + 1; j < k; j++) c[i] -= r[j * m + i] * c[j];
+            c[i] = r[i * m + i] == 0 ? 0 : c[i] / r[i * m + i];
+        }
+        for (int64_t j = 0; j < k; j++) {
+            const float *q = basis[j] + g * n;
+            for (int64_t i = 0; i < n; i++) y[g * n + i] += (float)c[j] * q[i];
+        }
     }
 }

@@ -17,10 +17,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from ide_snn.solvers.vectors import rescaled, residual_
+
+Array = NDArray[np.float64]
 
 # A residual that has grown this much over the best one seen will not come back.
 DIVERGENCE_FACTOR = 1e4
@@ -108,9 +115,6 @@ class LinearProblem:
         """b + A y, the fixed-point map of the problem."""
         return self.rhs + self.matvec(y)
 
-    def scale(self, image: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:  # noqa: ARG002
-        return rows(self.rhs).norm(dim=1)
-
 
 @dataclass(frozen=True)
 class FixedPointProblem:
@@ -122,9 +126,6 @@ class FixedPointProblem:
 
     def image(self, y: Tensor) -> Tensor:
         return self.f(y)
-
-    def scale(self, image: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
-        return rows(image).norm(dim=1)
 
 
 Problem = LinearProblem | FixedPointProblem
@@ -162,6 +163,11 @@ class Workspace:
 
     def image(self, y: Tensor) -> Tensor:
         return self.problem.image(self.unrows(y))
+
+    @cached_property
+    def rhs_norm(self) -> Array:
+        """||b|| [G] of a linear problem."""
+        return _numbers(self.rows(self.problem.start).norm(dim=1))
 
     def matvec(self, y: Tensor) -> Tensor:
         if not isinstance(self.problem, LinearProblem):
@@ -216,11 +222,18 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
     if y0 is not None and y0.shape != problem.start.shape:
         raise ValueError(f"y0 has the shape {list(y0.shape)}, the problem {list(problem.start.shape)}")
     with torch.no_grad():
+        work = Workspace(problem)
         if isinstance(problem, FixedPointProblem):
-            return _solve(Workspace(problem), solver, y0, trace)
-        unit = _unit(problem)
-        scaled = replace(problem, rhs=problem.rhs / unit)
-        solution = _solve(Workspace(scaled), solver, None if y0 is None else y0 / unit, trace)
+            return _solve(work, solver, y0, trace)
+        if work.native:
+            rhs, unit, norm = rescaled(work.rows(problem.rhs))
+            scaled = Workspace(replace(problem, rhs=work.unrows(rhs)))
+            scaled.rhs_norm = _numbers(norm)
+            unit = _per_group(unit, problem)
+        else:
+            unit = _unit(problem)
+            scaled = Workspace(replace(problem, rhs=problem.rhs / unit))
+        solution = _solve(scaled, solver, None if y0 is None else y0 / unit, trace)
         return replace(solution, value=solution.value * unit)
 
 
@@ -235,8 +248,12 @@ def _unit(problem: LinearProblem) -> Tensor:
     _, exponent = torch.frexp(size)
     limit = math.frexp(torch.finfo(b.dtype).max)[1] - 2
     unit = torch.ldexp(torch.ones_like(size), exponent.clamp(-limit, limit))
-    unit = torch.where(size.isfinite() & (size > 0), unit, 1.0)
-    return unit if problem.coupled else unit.view(-1, *(1,) * (b.dim() - 1))
+    return _per_group(torch.where(size.isfinite() & (size > 0), unit, 1.0), problem)
+
+
+def _per_group(value: Tensor, problem: LinearProblem) -> Tensor:
+    """One number per group, shaped to multiply b."""
+    return value.view(()) if problem.coupled else value.view(-1, *(1,) * (problem.rhs.dim() - 1))
 
 
 def _first_iterate(work: Workspace, y0: Tensor | None) -> Tensor:
@@ -254,67 +271,81 @@ def _first_iterate(work: Workspace, y0: Tensor | None) -> Tensor:
 def _solve(work: Workspace, solver: Solver, y0: Tensor | None, keep_trace: bool) -> Solution:
     method = solver.begin(work)
     y = start = _first_iterate(work, y0)
-    best, best_residual = y, torch.full((work.groups,), math.inf, dtype=torch.float64)
+    best, best_residual = y, np.full(work.groups, np.inf)
     progress = _Progress(solver.tol)
     trace: list[float] = []
     steps, products = 0, 0
     while True:
         r, residual = _evaluate(work, y)
         products += 1
-        trace.append(float(residual.max()) if residual.numel() else 0.0)
+        trace.append(float(residual.max()) if residual.size else 0.0)
         best, best_residual = _keep_best(best, best_residual, y, residual)
         outcome = progress.verdict(best_residual, residual, out_of_steps=steps >= solver.max_steps)
         if outcome is not None:
-            stats = SolveStats(steps, products, best_residual, tuple(trace) if keep_trace else None)
+            stats = SolveStats(steps, products, torch.from_numpy(best_residual), tuple(trace) if keep_trace else None)
             return Solution(work.unrows(best.clone() if best is start else best), outcome, stats)
         y, taken, used = method.advance(y, r, solver.max_steps - steps)
         steps += taken
         products += used
 
 
-def _evaluate(work: Workspace, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual r [G, N] of the iterate y, and its relative norm [G] on the CPU."""
-    image = work.image(y)
-    r = work.rows(image) - y
-    norms = torch.stack([r.norm(dim=1), work.problem.scale(image, work.rows)]).double().cpu()
-    absolute, scale = norms[0], norms[1]
+def _evaluate(work: Workspace, y: Tensor) -> tuple[Tensor, Array]:
+    """The residual r [G, N] of the iterate y, and its relative norm [G]."""
+    if work.native:
+        r, norm = residual_(work.rows(work.problem.start), y, work.matvec(y))
+        absolute, scale = _numbers(norm), work.rhs_norm
+    elif isinstance(work.problem, LinearProblem):
+        r = work.rows(work.image(y)) - y
+        absolute, scale = _numbers(r.norm(dim=1)), work.rhs_norm
+    else:
+        image = work.rows(work.image(y))
+        r = image - y
+        absolute, scale = _numbers(torch.stack([r.norm(dim=1), image.norm(dim=1)]))
     # b = 0 has the solution v = 0 with residual 0 exactly. f(z) = 0 at some z, silent neurons, is nothing
     # infinite: there the residual is measured against z, which makes it 1
-    relative = torch.where(scale > 0, absolute / scale, torch.where(absolute > 0, 1.0, absolute))
+    known = scale > 0
+    relative = np.where(known, absolute / np.where(known, scale, 1.0), np.where(absolute > 0, 1.0, absolute))
     return r, relative
 
 
-def _keep_best(best: Tensor, best_residual: Tensor, y: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def _numbers(x: Tensor) -> Array:
+    """On the host, in float64: what decisions are made on."""
+    return x.detach().double().cpu().numpy()
+
+
+def _keep_best(best: Tensor, best_residual: Array, y: Tensor, residual: Array) -> tuple[Tensor, Array]:
     better = residual < best_residual  # False for NaN
-    if bool(better.all()):
+    if better.all():
         return y, residual
-    if not bool(better.any()):
+    if not better.any():
         return best, best_residual
-    return torch.where(better.to(y.device)[:, None], y, best), torch.where(better, residual, best_residual)
+    chosen = torch.from_numpy(better).to(y.device)[:, None]
+    return torch.where(chosen, y, best), np.where(better, residual, best_residual)
 
 
 class _Progress:
-    """Decides when a solve is over, group by group; all tensors are [G] on the CPU."""
+    """Decides when a solve is over, group by group; all arrays are [G]."""
 
     def __init__(self, tol: float) -> None:
         self.tol = tol
-        self.first: Tensor | None = None
-        self.nonfinite = self.diverged = torch.tensor(False)
+        self.first: Array | None = None
+        self.nonfinite = self.diverged = np.zeros((), dtype=bool)
 
-    def verdict(self, best: Tensor, now: Tensor, *, out_of_steps: bool) -> Outcome | None:
+    def verdict(self, best: Array, now: Array, *, out_of_steps: bool) -> Outcome | None:
         """The outcome if the solve is over, else None, from the best relative residuals and the present ones."""
         self.first = now if self.first is None else self.first
         unsolved = best > self.tol
-        if not bool(unsolved.any()):
+        if not unsolved.any():
             return Outcome.converged
         # a group keeps the failure seen first: what diverges overflows in the end
-        self.nonfinite = self.nonfinite | (~now.isfinite() & ~self.diverged)
-        worse = now > DIVERGENCE_FACTOR * best
+        self.nonfinite = self.nonfinite | (~np.isfinite(now) & ~self.diverged)
+        with np.errstate(over="ignore"):
+            worse = now > DIVERGENCE_FACTOR * best
         if out_of_steps:
             worse |= now > self.first
         self.diverged = self.diverged | (worse & ~self.nonfinite)
-        if not out_of_steps and not bool((self.nonfinite | self.diverged)[unsolved].all()):
+        if not out_of_steps and not (self.nonfinite | self.diverged)[unsolved].all():
             return None
-        if bool(self.nonfinite[unsolved].any()):
+        if self.nonfinite[unsolved].any():
             return Outcome.nonfinite
-        return Outcome.diverged if bool(self.diverged[unsolved].any()) else Outcome.max_steps
+        return Outcome.diverged if self.diverged[unsolved].any() else Outcome.max_steps

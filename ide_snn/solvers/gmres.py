@@ -5,16 +5,16 @@ Y. Saad & M. H. Schultz, SIAM J. Sci. Stat. Comput. 7 (1986).
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ide_snn import native
 from ide_snn.solvers.base import FixedPointProblem, Workspace, check_settings, require_count
+from ide_snn.solvers.vectors import NativeKrylov
 
 Array = NDArray[np.float64]
 
@@ -40,92 +40,100 @@ class Gmres:
         check_settings(self)
         require_count("restart", self.restart)
 
-    def begin(self, work: Workspace) -> _Arnoldi:
+    def begin(self, work: Workspace) -> _Restarted:
         if isinstance(work.problem, FixedPointProblem):
             raise ValueError(
                 "gmres solves linear problems only; for a nonlinear fixed point use fixed_point, anderson or broyden"
             )
-        scale = work.problem.scale(work.problem.rhs, work.rows).double().cpu().numpy()
-        return _Arnoldi(self, work, scale)
+        return _Restarted(self, work)
 
 
-class _Arnoldi:
-    def __init__(self, settings: Gmres, work: Workspace, scale: Array) -> None:
+class Krylov(Protocol):
+    """The space spanned by r, (1 - A) r, ... per group, and the smallest residual in it."""
+
+    @property
+    def newest(self) -> Tensor:
+        """The last basis vector q_k [G, N], whose image is asked for next."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Dimensions: images seen."""
+        ...
+
+    def extend(self, image: Tensor) -> Array:
+        """Takes A q_k, which may be overwritten; returns the residual norm [G] that is left."""
+        ...
+
+    def combine(self, y: Tensor) -> Tensor:
+        """y + the combination of the basis with the smallest residual; once, at the end."""
+        ...
+
+
+class _Restarted:
+    def __init__(self, settings: Gmres, work: Workspace) -> None:
         self.settings = settings
         self.work = work
-        self.scale = scale  # ||b|| per group
 
     def advance(self, y: Tensor, r: Tensor, budget: int) -> tuple[Tensor, int, int]:
         dimensions = min(self.settings.restart, budget)
-        basis, beta = _normalise(r)
-        vectors = [basis]
         # Modified Gram-Schmidt loses orthogonality like eps / residual: one pass is enough until that matters.
         passes = 1 if self.settings.tol > torch.finfo(y.dtype).eps ** 0.5 else 2
-        problem = _LeastSquares(beta.double().cpu().numpy(), dimensions)
-        extend = _extend_natively if self.work.native else _extend
+        kind = NativeKrylov if self.work.native else _TorchKrylov
+        # What is left after cancelling to rounding level is noise, not a direction.
+        space: Krylov = kind(r, dimensions, passes, 10 * torch.finfo(r.dtype).eps)
+        # A little below tol: the true residual, which decides, differs from the predicted by rounding.
+        enough = 0.9 * self.settings.tol * self.work.rhs_norm
         for _ in range(dimensions):
-            vector, column = extend(vectors, self.work.matvec(vectors[-1]), passes)
-            vectors.append(vector)
-            predicted = problem.append(column.double().cpu().numpy())
-            # A little below tol: the true residual, which decides, differs from the predicted by rounding.
-            if (~np.isfinite(predicted) | (predicted <= 0.9 * self.settings.tol * self.scale)).all():
+            predicted = space.extend(self.work.matvec(space.newest))
+            if (~np.isfinite(predicted) | (predicted <= enough)).all():
                 break
-        coefficients = torch.from_numpy(problem.solution()).to(device=y.device, dtype=y.dtype)
+        return space.combine(y), space.size, space.size
+
+
+class _TorchKrylov:
+    """By torch operations and, for the small least-squares problem, numpy: any device and type."""
+
+    def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
+        basis, beta = _normalise(r)
+        self.vectors, self.passes, self.noise = [basis], passes, noise
+        self.problem = _LeastSquares(beta.double().cpu().numpy(), dimensions)
+
+    @property
+    def newest(self) -> Tensor:
+        return self.vectors[-1]
+
+    @property
+    def size(self) -> int:
+        return len(self.vectors) - 1
+
+    def extend(self, image: Tensor) -> Array:
+        """By modified Gram-Schmidt on (1 - A) q_k."""
+        w = self.newest - image
+        column = torch.zeros(len(self.vectors) + 1, w.shape[0], dtype=w.dtype, device=w.device)
+        before = w.norm(dim=1)
+        for _ in range(self.passes):
+            for i, q in enumerate(self.vectors):
+                h = (q * w).sum(dim=1)
+                w = torch.addcmul(w, q, h[:, None], value=-1)
+                column[i] += h
+        cancelled = w.norm(dim=1) <= self.noise * before
+        vector, column[-1] = _normalise(torch.where(cancelled[:, None], torch.zeros_like(w), w))
+        self.vectors.append(vector)
+        return self.problem.append(column.double().cpu().numpy())
+
+    def combine(self, y: Tensor) -> Tensor:
+        coefficients = torch.from_numpy(self.problem.solution()).to(device=y.device, dtype=y.dtype)
         y = y.clone()
-        for c, q in zip(coefficients, vectors, strict=False):
+        for c, q in zip(coefficients, self.vectors, strict=False):
             y.addcmul_(c[:, None], q)
-        return y, len(vectors) - 1, len(vectors) - 1
+        return y
 
 
 def _normalise(w: Tensor) -> tuple[Tensor, Tensor]:
     """w / ||w|| and ||w|| per group; a zero row (the space is exhausted) stays zero."""
     length = w.norm(dim=1)
     return w * torch.where(length > 0, length.reciprocal(), 0.0)[:, None], length
-
-
-def _extend(vectors: list[Tensor], image: Tensor, passes: int) -> tuple[Tensor, Tensor]:
-    """The next basis vector, from the image A q_k of the last one, by modified Gram-Schmidt on (1 - A) q_k.
-
-    Returns:
-        (q_{k+1} [G, N], column of H [k + 1, G]).
-    """
-    w = vectors[-1] - image
-    total = torch.zeros(len(vectors), w.shape[0], dtype=w.dtype, device=w.device)
-    before = w.norm(dim=1)
-    for _ in range(passes):
-        for i, q in enumerate(vectors):
-            h = (q * w).sum(dim=1)
-            w = torch.addcmul(w, q, h[:, None], value=-1)
-            total[i] += h
-    # What is left after cancelling to rounding level is noise, not a direction.
-    noise = w.norm(dim=1) <= _noise(w) * before
-    vector, length = _normalise(torch.where(noise[:, None], torch.zeros_like(w), w))
-    return vector, torch.cat([total, length[None]])
-
-
-def _extend_natively(vectors: list[Tensor], image: Tensor, passes: int) -> tuple[Tensor, Tensor]:
-    """`_extend` in one pass over memory per basis vector; overwrites `image`, float32 on a CPU."""
-    groups, n = image.shape
-    column = torch.empty(len(vectors) + 1, groups)
-    pointers = (ctypes.c_void_p * len(vectors))(*(q.data_ptr() for q in vectors))
-    counter, kernels = ctypes.c_int64(0), native.library("krylov")
-
-    def work() -> None:
-        kernels.arnoldi(
-            *(ctypes.c_int64(size) for size in (groups, n, len(vectors))),
-            pointers,
-            *(ctypes.c_void_p(t.data_ptr()) for t in (image, column)),
-            ctypes.c_int64(passes),
-            ctypes.c_float(_noise(image)),
-            ctypes.byref(counter),
-        )
-
-    native.on_all_threads(work, len(vectors) * image.numel())
-    return image, column
-
-
-def _noise(w: Tensor) -> float:
-    return 10 * torch.finfo(w.dtype).eps
 
 
 class _LeastSquares:
