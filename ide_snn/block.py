@@ -22,7 +22,7 @@ from ide_snn.simulation import Path, Rates, Record, simulate
 from ide_snn.solvers import SOLVERS, Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
 
 log = logging.getLogger(__name__)
-PATHS = {"events": "event-driven float32", "fused": "dense products, fused neurons"}  # as the log says them
+PATHS = {"events": "event-driven float32", "fused": "dense products, fused neuron kernel"}  # as the log says them
 SimulationHook = Callable[[Rates], None]
 
 
@@ -193,19 +193,19 @@ class FeedbackSNN(nn.Module):
             return "dense"
         if isinstance(self.gradient, Bptt):
             raise ValueError(f"precision={self.precision} is for implicit differentiation; with Bptt use 'float32'")
-        path: Path = "events"
+        better: Path = "events"
         if device.type == "cuda":
             kernel = available(device)
-            path, reason = "fused", None if kernel.backend == "triton" else kernel.reason
+            better, reason = "fused", None if kernel.backend == "triton" else kernel.reason
         elif torch.is_autocast_enabled("cpu"):
             reason = "autocast is on"
         else:
-            path, reason = event_driven.best_path([link.frozen for link in links])
-        message = f"precision={self.precision}: " + (f"dense ({reason})" if reason else PATHS[path])
+            reason = event_driven.why_not([link.frozen for link in links])
+        message = f"precision={self.precision}: " + (f"dense ({reason})" if reason else PATHS[better])
         if message != self._path_said:
             self._path_said = message
             log.log(logging.INFO if reason is None else logging.WARNING, message)
-        return "dense" if reason else path
+        return "dense" if reason else better
 
     def _attach(self, rates: Tensor, f: EquilibriumMap) -> Tensor:
         if not (self.training or torch.is_grad_enabled()):

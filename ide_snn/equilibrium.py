@@ -55,7 +55,8 @@ class EquilibriumMap:
         feedback, layers: the recurrent connections, fixed for this forward.
         drive: Xbar [B, *], with its graph to the input stage.
         neuron: threshold and leak (f depends on the threshold only).
-        path: how the analytic products of J are computed; "events" skips the zeros of the slopes.
+        path: how the simulation was computed; with "events" the analytic products of J with convolutions skip the zeros
+            of the slopes, and solves use compiled vector work.
     """
 
     feedback: FixedConnection
@@ -63,11 +64,6 @@ class EquilibriumMap:
     drive: Tensor
     neuron: NeuronParams
     path: Path = "dense"
-
-    @property
-    def has_native_vectors(self) -> bool:
-        """True where solves on tensors of a_n may use compiled kernels."""
-        return self.path == "events" or (self.path == "fused" and self.drive.device.type == "cpu")
 
     @property
     def chain(self) -> tuple[FixedConnection, ...]:
@@ -134,7 +130,9 @@ class EquilibriumMap:
             slope = sigma_mask(z.detach()).to(torch.promote_types(z.dtype, torch.float32)).div_(self.neuron.v_threshold)
             slopes.append(slope if affine.gain is None else slope.mul_(affine.gain))
             plain = replace(affine, gain=None)
-            maps.append(EventMap(plain) if self.path == "events" else plain)
+            # the slopes of fully connected populations are not thin enough for a walk to beat one dense product
+            sparse = self.path == "events" and affine.operator.kind != "linear"
+            maps.append(EventMap(plain) if sparse else plain)
         return AnalyticLinearisation(tuple(maps), tuple(slopes))
 
     @torch.no_grad()

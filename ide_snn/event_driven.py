@@ -8,7 +8,9 @@ positions it reaches,
 
 The sums are those of the dense product in another order: float32 throughout, nothing is quantised, so membranes and
 rates differ from those of torch's products by rounding alone. Neurons are updated while the sums are in the cache
-(`csrc/events.c`); samples are independent, so a run of T steps needs memory for the state alone, whatever T is.
+(`csrc/events.c`); samples are independent, so a run of T steps needs memory for the state alone, whatever T is. Fully
+connected populations have one position per sample; there the kernels take many samples together, as if they were
+positions, so that a block of the weight stays in the cache for all of them.
 The same walk over values that are not zero applies f to rates and J^T to vectors that the slopes have thinned out.
 """
 
@@ -16,9 +18,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,7 +32,8 @@ from ide_snn.neurons import NeuronParams
 from ide_snn.operators import Operator
 
 LANES = 16  # of csrc/events.c
-MAX_BLOCK = 64  # output channels whose sums fit the registers
+MAX_BLOCK = 64  # output channels whose sums fit the registers; LANES of a linear map, whose rows then fit the cache
+TOGETHER = 64  # samples of a fully connected network
 
 
 @dataclass(frozen=True)
@@ -87,22 +90,11 @@ class _Population(ctypes.Structure):
     _fields_ = [("size", ctypes.c_int64), *((n, ctypes.c_void_p) for n in ("u", "spikes", "weighted", "count"))]
 
 
-def best_path(maps: Sequence[object]) -> tuple[Literal["events", "fused"], str | None]:
-    """(the fastest path for the recurrent connections `maps` on a CPU, None or why it cannot be taken).
-
-    Fully connected populations have dense products: their weight does not fit the cache that the rows of a
-    convolution's taps fit.
-    """
-    if not any(isinstance(affine, Affine) and affine.operator.kind == "linear" for affine in maps):
-        return "events", why_not(maps)
-    reasons = [_why_not(affine) for affine in maps] + [native.why_unavailable(name) for name in ("neurons", "krylov")]
-    return "fused", next((reason for reason in reasons if reason), None)
-
-
 def why_not(maps: Sequence[object]) -> str | None:
     """None where the event-driven kernels can take all of `maps`, else the reason."""
     reasons = (_why_not(affine) for affine in maps)
-    return next((reason for reason in reasons if reason), None) or native.why_unavailable("events")
+    unavailable = (native.why_unavailable(name) for name in ("events", "krylov"))
+    return next((reason for reason in (*reasons, *unavailable) if reason), None)
 
 
 def _why_not(affine: object) -> str | None:
@@ -130,28 +122,30 @@ class EventConnection:
     def __init__(self, affine: Affine, *, adjoint: bool = False) -> None:
         operator = affine.operator
         self.reach = Reach.of(operator, affine.input_shape, adjoint=adjoint)
-        rows = _rows(operator, affine.weight)  # [taps, in, out]
+        self.is_linear = operator.kind == "linear"
+        self.in_channels, self.out_channels = operator.in_channels, operator.out_channels
         if adjoint:
-            rows = rows.transpose(1, 2)
-        _, self.in_channels, self.out_channels = rows.shape
+            self.in_channels, self.out_channels = self.out_channels, self.in_channels
         shape = affine.input_shape if adjoint else operator.output_shape(affine.input_shape)
         self.out_shape = tuple(shape)
-        self.blocks = -(-self.out_channels // MAX_BLOCK)
+        self.blocks = -(-self.out_channels // (LANES if self.is_linear else MAX_BLOCK))
         self.block = -(-self.out_channels // self.blocks // LANES) * LANES
-        padded = rows.new_zeros(self.blocks, self.reach.taps, self.in_channels, self.block)
-        for b in range(self.blocks):
-            part = rows[..., b * self.block : (b + 1) * self.block]
-            padded[b, ..., : part.shape[-1]] = part
-        self.weight = padded
+        self.weight = self._packed(affine.weight, inputs_first=(operator.kind == "conv_transposed") != adjoint)
         self.bias = None if adjoint or affine.bias is None else affine.bias.contiguous()
         self.gain = None if adjoint or affine.gain is None else channels_last(affine.gain)
 
-    @property
-    def accumulators(self) -> int:
-        return self.reach.out_positions * self.block
+    def _packed(self, weight: Tensor, *, inputs_first: bool) -> Tensor:
+        """`weight` [out, in, taps], or [in, out, taps] with `inputs_first`, as the kernels read it."""
+        weight, taps = weight.contiguous(), self.reach.taps
+        strides = (self.out_channels * taps, taps) if inputs_first else (taps, self.in_channels * taps)
+        sizes = (taps, self.in_channels, self.out_channels, *strides, self.block, self.blocks)
+        packed = weight.new_empty(self.blocks, taps, self.in_channels, self.block)
+        pack = native.library("events").pack
+        pack(_address(weight), *(ctypes.c_int64(size) for size in sizes), _address(packed))
+        return packed
 
-    def as_struct(self) -> _Connection:
-        reach = self.reach
+    def as_struct(self, reach: Reach, part: slice) -> _Connection:
+        """For the samples `part` of the batch, with events that go where `reach` says."""
         return _Connection(
             reach.in_positions,
             self.in_channels,
@@ -163,7 +157,7 @@ class EventConnection:
             self.weight.data_ptr(),
             reach.target.ctypes.data,
             _pointer(self.bias),
-            _pointer(self.gain),
+            _pointer(None if self.gain is None else self.gain[part]),
         )
 
     def __call__(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -171,23 +165,30 @@ class EventConnection:
         x = channels_last(x)
         scale = None if scale is None else channels_last(scale)
         y = empty_channels_last((x.shape[0], *self.out_shape), x)
-        struct, kernels = self.as_struct(), native.library("events")
+        for part, items, (reach,) in _parts(x.shape[0], [self]):
+            struct = self.as_struct(reach, part)
+            self._product(struct, reach, items, x[part], None if scale is None else scale[part], y[part])
+        return y
+
+    def _product(
+        self, struct: _Connection, reach: Reach, items: int, x: Tensor, scale: Tensor | None, y: Tensor
+    ) -> None:
+        kernels = native.library("events")
         counter = ctypes.c_int64(0)
-        size = self.reach.in_positions * self.in_channels
+        size = reach.in_positions * self.in_channels
 
         def work() -> None:
-            acc, channel, first = _scratch(self.accumulators, size, self.reach.in_positions)
+            acc, channel, first = _scratch(reach.out_positions * self.block, size, reach.in_positions)
             value = np.empty(size + 1, dtype=np.float32)
             kernels.product(
                 ctypes.byref(struct),
-                ctypes.c_int64(x.shape[0]),
-                *(ctypes.c_void_p(_pointer(t)) for t in (x, scale, y)),
+                ctypes.c_int64(items),
+                *(_address(t) for t in (x, scale, y)),
                 ctypes.byref(counter),
                 *(ctypes.c_void_p(a.ctypes.data) for a in (acc, channel, value, first)),
             )
 
         native.on_all_threads(work, x.numel() + y.numel())
-        return y
 
 
 def connect(affine: object) -> EventConnection:
@@ -243,21 +244,36 @@ def advance(
         connections: feedback, then those from population i to i + 1.
     """
     drive = channels_last(drive)
+    for part, items, reaches in _parts(drive.shape[0], connections):
+        both = list(zip(connections, reaches, strict=True))
+        slices = [_Slice(state, part) for state in states]
+        links = (_Connection * len(connections))(*(connection.as_struct(reach, part) for connection, reach in both))
+        _advance(both, links, slices, drive[part], neuron, steps, items)
+
+
+def _advance(
+    both: Sequence[tuple[EventConnection, Reach]],
+    links: ctypes.Array[_Connection],
+    states: Sequence[_Slice],
+    drive: Tensor,
+    neuron: NeuronParams,
+    steps: int,
+    items: int,
+) -> None:
     kernels = native.library("events")
-    links = (_Connection * len(connections))(*(c.as_struct() for c in connections))
-    populations = (_Population * len(states))(*(_population(s) for s in states))
+    populations = (_Population * len(states))(*(state.as_struct(items) for state in states))
     counter = ctypes.c_int64(0)
-    accumulators = max(c.accumulators for c in connections)
-    events = max(c.reach.in_positions * c.in_channels for c in connections)
-    positions = max(c.reach.in_positions for c in connections)
+    accumulators = max(reach.out_positions * connection.block for connection, reach in both)
+    events = max(reach.in_positions * connection.in_channels for connection, reach in both)
+    positions = max(reach.in_positions for _, reach in both)
 
     def work() -> None:
         scratch = _scratch(accumulators, events, positions)
         kernels.simulate(
             links,
             populations,
-            *(ctypes.c_int64(n) for n in (len(states), drive.shape[0], steps)),
-            ctypes.c_void_p(drive.data_ptr()),
+            *(ctypes.c_int64(n) for n in (len(states), items, steps)),
+            _address(drive),
             ctypes.c_float(neuron.v_threshold),
             ctypes.c_float(neuron.leak),
             ctypes.c_int64(positions + 1),
@@ -265,13 +281,31 @@ def advance(
             *(ctypes.c_void_p(a.ctypes.data) for a in scratch),
         )
 
-    native.on_all_threads(work, steps * sum(s.u.numel() for s in states))
+    native.on_all_threads(work, steps * sum(state.u.numel() for state in states))
 
 
-def _population(state: State) -> _Population:
-    size = state.u[0].numel() if len(state.u) else 0
-    count = None if state.count is state.weighted else state.count  # IF counts once
-    return _Population(size, *(_pointer(t) for t in (state.u, state.spikes, state.weighted, count)))
+def _parts(batch: int, connections: Sequence[EventConnection]) -> Iterator[tuple[slice, int, tuple[Reach, ...]]]:
+    """(samples, items that a thread takes one by one, where the events of an item go, per connection)."""
+    if not all(connection.is_linear for connection in connections):
+        yield slice(0, batch), batch, tuple(connection.reach for connection in connections)
+        return
+    whole = batch - batch % TOGETHER
+    for first, end, size in ((0, whole, TOGETHER), (whole, batch, batch - whole)):
+        if first < end:
+            reach = Reach(size, size, 1, np.arange(size, dtype=np.int32)[None])
+            yield slice(first, end), (end - first) // size, (reach,) * len(connections)
+
+
+class _Slice:
+    """Some samples of a population."""
+
+    def __init__(self, state: State, part: slice) -> None:
+        count = None if state.count is state.weighted else state.count  # IF counts once
+        self.u = state.u[part]
+        self.others = [None if t is None else t[part] for t in (state.spikes, state.weighted, count)]
+
+    def as_struct(self, items: int) -> _Population:
+        return _Population(self.u.numel() // max(items, 1), *(_pointer(t) for t in (self.u, *self.others)))
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -282,14 +316,6 @@ def channels_last(x: Tensor) -> Tensor:
 def empty_channels_last(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
-
-
-def _rows(operator: Operator, weight: Tensor) -> Tensor:
-    """The weight as [taps, input channels, output channels]."""
-    if operator.kind == "linear":
-        return weight.t()[None]
-    order = (2, 3, 1, 0) if operator.kind == "conv" else (2, 3, 0, 1)
-    return weight.permute(order).flatten(0, 1)
 
 
 def _scratch(accumulators: int, events: int, positions: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -303,3 +329,7 @@ def _scratch(accumulators: int, events: int, positions: int) -> tuple[np.ndarray
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(_pointer(tensor))

@@ -105,7 +105,7 @@ def attach_gradient(
         return rates
     if jacobian is None:
         jacobian = AutogradLinearisation(point, image) if by_graph else f.linearise_by(activations)
-    splice: Tensor = _FixedPointGradient.apply(image, rates, jacobian, solver, couples, hooks, f.has_native_vectors)
+    splice: Tensor = _FixedPointGradient.apply(image, rates, jacobian, solver, couples, hooks, f.path == "events")
     return splice
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ide_snn import event_driven
 from ide_snn.kernels import in_layout_of, neuron_step_
-from ide_snn.kernels.native import native_step_, why_not_native
 from ide_snn.layers import Affine, cached_weights
 from ide_snn.neurons import NeuronParams, step_
 
@@ -194,14 +193,13 @@ def simulate(
 class _Dense:
     """Steps by the maps' own products. `maps` are feedback, then those from population i to i + 1.
 
-    Without `advance` the neurons are those of a fused kernel: compiled C where it can take them, else `neuron_step_`.
+    Without `advance` the neurons are those of the fused kernel.
     """
 
     def __init__(
         self, maps: Sequence[Map], populations: Sequence[_Population], neuron: NeuronParams, advance: Advance | None
     ) -> None:
         self.maps, self.populations, self.neuron, self.advance = maps, populations, neuron, advance
-        self.native = all(why_not_native(population.u) is None for population in populations)
 
     def run(self, x: Tensor, start: int, steps: int) -> None:
         feedback, *layers = self.maps
@@ -232,10 +230,9 @@ class _Dense:
         if self.advance is None:
             u, weighted, spikes = population.u, population.weighted, population.spikes
             count = None if population.count is weighted else population.count
-            kernel = native_step_ if self.native else neuron_step_
             gain, drive = (None if x is None else in_layout_of(u, x) for x in (gain, drive))
             current = in_layout_of(u, current)
-            kernel(current, u, spikes, self.neuron, gain=gain, drive=drive, rate=weighted, count=count)
+            neuron_step_(current, u, spikes, self.neuron, gain=gain, drive=drive, rate=weighted, count=count)
             return spikes
         self.advance(current, population.u, population.spikes, self.neuron)
         if population.weighted is not None:

@@ -14,6 +14,7 @@
 #include <string.h>
 
 #define LANES 16 /* channels are padded to a multiple of it */
+#define SUMS 4   /* of the same neurons, side by side */
 
 /* One register. Wider vectors than the processor has would go through memory. */
 #if defined(__AVX512F__)
@@ -112,13 +113,25 @@ static inline __attribute__((always_inline)) void walk(const Connection *k, int6
             int32_t p = events->pairs[2 * i], e = events->first[p], end = events->first[p + 1];
             Lanes *y = (Lanes *)(acc + events->pairs[2 * i + 1] * block), sum[block / WIDTH];
             for (int64_t j = 0; j < block / WIDTH; j++) sum[j] = y[j];
-            do {
+            if (block == 16 && end - e >= 2 * SUMS) {
+                Lanes part[SUMS][16 / WIDTH] = {0}; /* one sum would wait for each addition */
+                for (; e + SUMS <= end; e += SUMS)
+                    for (int64_t q = 0; q < SUMS; q++) {
+                        const Lanes *row = (const Lanes *)(rows + events->channel[e + q] * block);
+                        for (int64_t j = 0; j < block / WIDTH; j++)
+                            if (weighted) part[q][j] += events->value[e + q] * row[j];
+                            else part[q][j] += row[j];
+                    }
+                for (int64_t q = 0; q < SUMS; q++)
+                    for (int64_t j = 0; j < block / WIDTH; j++) sum[j] += part[q][j];
+            }
+            for (; e < end; e++) {
                 const Lanes *row = (const Lanes *)(rows + events->channel[e] * block);
                 if (weighted)
                     for (int64_t j = 0; j < block / WIDTH; j++) sum[j] += events->value[e] * row[j];
                 else
                     for (int64_t j = 0; j < block / WIDTH; j++) sum[j] += row[j];
-            } while (++e < end);
+            }
             for (int64_t j = 0; j < block / WIDTH; j++) y[j] = sum[j];
         }
     }
@@ -145,6 +158,20 @@ static void respond(const Connection *k, int64_t b, const Events *events, int we
 }
 
 #define STRETCH 512 /* neurons updated at a time: what a step reads and writes of them stays in the first-level cache */
+
+/* packed [blocks][taps][in_channels][block] of a contiguous weight with these strides; zero behind out_channels. */
+void pack(const float *weight, int64_t taps, int64_t in_channels, int64_t out_channels, int64_t in_stride,
+          int64_t out_stride, int64_t block, int64_t blocks, float *packed) {
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t first = b * block, n = out_channels - first < block ? out_channels - first : block;
+        for (int64_t tap = 0; tap < taps; tap++)
+            for (int64_t c = 0; c < in_channels; c++, packed += block) {
+                const float *w = weight + tap + c * in_stride + first * out_stride;
+                for (int64_t j = 0; j < n; j++) packed[j] = w[j * out_stride];
+                for (int64_t j = n; j < block; j++) packed[j] = 0;
+            }
+    }
+}
 
 /* One step of n neurons: the same operations in the same order as ide_snn.neurons.step_. Overwrites `current`.
  * One loop per operation: each is a few vectors long, and the compiler vectorises all of them. */
