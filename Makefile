@@ -9,7 +9,7 @@ train: $(VENV)/.installed  ## train on the bundled digits
 	$(BIN)/python scripts/train.py
 
 test: lint  ## lint, types, tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from ide_snn.implicit import GRADIENTS, Gradient, Implicit, SolveHook, attach_gr
 from ide_snn.kernels import available
 from ide_snn.layers import Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, step_, time_average
+from ide_snn.operators import Operator
 from ide_snn.precision import Precision, require_precision
 from ide_snn.simulation import Path, Rates, Record, simulate
 from ide_snn.solvers import SOLVERS, Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
@@ -304,7 +305,10 @@ class _Moment:
                 "an input stage of your own cannot contain batch norm when the input has time: its training "
                 "statistics are those of the mean input; use Connection(nn.Conv2d(...), batch_norm=True)"
             )
-        drive = first.respond(mean_input, "batch", update_running=True)
+        operator, apply = first.operator, Operator.apply
+        if operator is not None and operator.has_few_inputs and block.precision != "float32" and not x.is_cuda:
+            apply = Operator.apply_by_columns
+        drive = first.respond(mean_input, "batch", update_running=True, apply=apply)
         value = drive.detach()
         at = None
         if block.input_has_time:

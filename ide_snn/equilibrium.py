@@ -18,10 +18,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from ide_snn import event_driven
 from ide_snn.event_driven import EventMap
 from ide_snn.layers import Affine, FixedConnection
 from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
+from ide_snn.operators import Operator
 from ide_snn.simulation import Path
 
 Products = Literal["auto", "analytic", "autograd"]
@@ -72,7 +74,7 @@ class EquilibriumMap:
     @property
     def is_known(self) -> bool:
         """True where every connection has an analytic adjoint."""
-        return all(link.connection.is_known for link in self.chain)
+        return all(link.operator is not None for link in self.chain)
 
     @property
     def couples_samples(self) -> bool:
@@ -83,12 +85,19 @@ class EquilibriumMap:
         """f(a), differentiable in a, the drive and the connections' parameters; [B, *]."""
         return sigma(self.activations(a, statistics, update_running=update_running)[-1])
 
-    def activations(self, a: Tensor, statistics: Statistics, *, update_running: bool = False) -> list[Tensor]:
-        """z_1..z_n, the arguments of sigma in f(a), with their graph; z_i has the shape of population i."""
-        z = [self.feedback.respond(a, statistics, update_running=update_running) + self.drive]
+    def activations(
+        self, a: Tensor, statistics: Statistics, *, update_running: bool = False, once: bool = False
+    ) -> list[Tensor]:
+        """z_1..z_n, the arguments of sigma in f(a), with their graph; z_i has the shape of population i.
+
+        Args:
+            once: they will be differentiated at most once, so that path "events" may walk over the rates.
+        """
+        apply = event_driven.apply if once and self.path == "events" else Operator.apply
+        z = [self.feedback.respond(a, statistics, update_running=update_running, apply=apply) + self.drive]
         for layer in self.layers:
             z[-1] = z[-1] / self.neuron.v_threshold
-            z.append(layer.respond(sigma(z[-1]), statistics, update_running=update_running))
+            z.append(layer.respond(sigma(z[-1]), statistics, update_running=update_running, apply=apply))
         z[-1] = z[-1] / self.neuron.v_threshold
         return z
 

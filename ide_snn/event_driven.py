@@ -20,11 +20,12 @@ import ctypes
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ide_snn import native
 from ide_snn.layers import Affine
@@ -34,6 +35,7 @@ from ide_snn.operators import Operator
 LANES = 16  # of csrc/events.c
 MAX_BLOCK = 64  # output channels whose sums fit the registers; LANES of a linear map, whose rows then fit the cache
 TOGETHER = 64  # samples of a fully connected network
+SPARSE = 0.5  # share of numbers that are not 0 up to which a walk over them is faster than a dense convolution
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,38 @@ def connect(affine: object) -> EventConnection:
     if reason is not None or not isinstance(affine, Affine):
         raise ValueError(f"no event-driven simulation: {reason}")
     return EventConnection(affine)
+
+
+def is_sparse(x: Tensor) -> bool:
+    """True where so much of x is 0 that a walk over the rest beats a dense product."""
+    return int(torch.count_nonzero(x)) < SPARSE * x.numel()
+
+
+def apply(operator: Operator, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`operator.apply`, differentiable once, by a walk over x where it is sparse."""
+    if operator.kind == "linear" or not is_sparse(x):
+        return operator.apply(x, weight, bias)
+    y: Tensor = _Walk.apply(x, weight, bias, operator)
+    return y
+
+
+class _Walk(torch.autograd.Function):
+    """K x + b by a walk; its backward pass by torch's dense convolutions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operator: Operator) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.operator = operator
+        return EventConnection(Affine(operator, weight, bias, 1, None, tuple(x.shape[1:])))(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        o, wants = ctx.operator, ctx.needs_input_grad[:3]
+        geometry = [o.stride, o.padding, o.dilation, o.kind == "conv_transposed", o.output_padding, o.groups]
+        found = torch.ops.aten.convolution_backward(grad, x, weight, [o.out_channels], *geometry, wants)
+        return *(g if wanted else None for g, wanted in zip(found, wants, strict=True)), None
 
 
 @dataclass(frozen=True)

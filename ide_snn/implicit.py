@@ -99,7 +99,7 @@ def attach_gradient(
     jacobian = None if shared else _jacobian(rates, f, gradient)
     # (as a leaf the point collects a gradient nobody reads: one product, the price of sharing the graph)
     point = rates.detach().requires_grad_(by_graph)
-    activations = f.activations(point, "batch", update_running=True)
+    activations = f.activations(point, "batch", update_running=True, once=not by_graph)
     image = sigma(activations[-1])
     if not image.requires_grad:
         return rates

@@ -11,6 +11,7 @@ fixed and shared by all time steps, by the equilibrium map f and by its Jacobian
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,8 @@ from ide_snn.normalization import (
 )
 from ide_snn.operators import KNOWN_MODULES, Operator
 from ide_snn.optimizations import constrain, get_constraint, raw_weight, update_constraints
+
+Apply = Callable[[Operator, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Connection(nn.Module):
@@ -136,17 +139,18 @@ class Connection(nn.Module):
             generator: for the dropout gain.
             channels_last: memory layout of the gain of a convolution.
         """
+        operator = self.operator
         if self.training:
             update_constraints(self)
-            if not self.is_known:
+            if operator is None:
                 _advance_parametrizations(self.op)
         output = self.output_shape(shape)
         layout = torch.channels_last if channels_last and len(output) == 3 else torch.contiguous_format
         template = torch.empty(len(like), *output, dtype=like.dtype, device=like.device, memory_format=layout)
         gain = self.dropout.draw(template, generator)
-        weight = self.op.weight if self.is_known else None
-        bias = self.op.bias if self.is_known else None
-        return FixedConnection(self, weight, bias, gain, shape, output)  # type: ignore[arg-type]
+        weight = None if operator is None else self.op.weight
+        bias = None if operator is None else self.op.bias
+        return FixedConnection(self, operator, weight, bias, gain, shape, output)  # type: ignore[arg-type]
 
     def _require_affine(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of an own module's response; raises ValueError if the module is not affine."""
@@ -190,30 +194,34 @@ class Connection(nn.Module):
 
 @dataclass(frozen=True)
 class FixedConnection:
-    """A connection during one forward. `weight` and `bias` carry the graph to the parameters."""
+    """A connection during one forward. `weight` and `bias` carry the graph to the parameters; None for own modules."""
 
     connection: Connection
+    operator: Operator | None
     weight: Tensor | None
     bias: Tensor | None
     gain: Tensor | None
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
 
-    def respond(self, x: Tensor, statistics: Statistics, *, update_running: bool = False) -> Tensor:
+    def respond(
+        self, x: Tensor, statistics: Statistics, *, update_running: bool = False, apply: Apply = Operator.apply
+    ) -> Tensor:
         """gain * pool(BN(K x + b)), differentiable in x and in the parameters.
 
         Args:
             x: [B, *input_shape].
             statistics: what batch norms in training mode normalise by; others always use running ones.
             update_running: update the running statistics, which a training forward does exactly once.
+            apply: how a known operator computes K x + b.
         """
         owner = self.connection
-        if owner.operator is None:
+        if self.operator is None:
             with batch_norm_scope(owner.op, statistics, update_running=update_running):
                 y = owner.op(x)
         else:
             assert self.weight is not None  # known connections have one
-            y = owner.operator.apply(x, self.weight, self.bias)
+            y = apply(self.operator, x, self.weight, self.bias)
         if owner.bn is not None:
             y = normalise(owner.bn, y, statistics, update_running=update_running)
         if owner.pool > 1:
@@ -232,24 +240,24 @@ class FixedConnection:
             moments: (mean, biased variance) per channel to normalise by, instead of the running ones.
         """
         owner = self.connection
-        if owner.operator is None:
+        if self.operator is None:
             return OpaqueAffine(self)
         assert self.weight is not None  # known connections have one
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         if owner.bn is not None:
             with torch.no_grad():
                 scale, shift = fold(owner.bn, moments)
-            weight = weight * owner.operator.per_output(scale)
+            weight = weight * self.operator.per_output(scale)
             bias = shift if bias is None else bias * scale + shift
-        return Affine(owner.operator, weight, bias, owner.pool, self.gain, self.input_shape)
+        return Affine(self.operator, weight, bias, owner.pool, self.gain, self.input_shape)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Mean and biased variance per channel of K x + b, where this connection's batch norm uses the batch's."""
         bn = self.connection.bn
-        if bn is None or not bn.training or self.weight is None or self.connection.operator is None:
+        if bn is None or not bn.training or self.weight is None or self.operator is None:
             return None
         with torch.no_grad():
-            y = self.connection.operator.apply(x, self.weight, self.bias)
+            y = self.operator.apply(x, self.weight, self.bias)
             mean, var, _ = batch_moments(bn, y)
         return mean, var
 

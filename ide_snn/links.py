@@ -107,7 +107,7 @@ class Folded(Link):
     """
 
     def __init__(self, fixed: FixedConnection, moments: tuple[Tensor, Tensor] | None = None) -> None:
-        operator, bn, weight, bias = fixed.connection.operator, fixed.connection.bn, fixed.weight, fixed.bias
+        operator, bn, weight, bias = fixed.operator, fixed.connection.bn, fixed.weight, fixed.bias
         assert operator is not None  # known connections have both
         assert weight is not None
         if bn is not None:
@@ -162,7 +162,7 @@ class PerStep(Link):
         return self.fixed.respond(s, "batch", update_running=True), state
 
     def respond(self, t: int, s: Tensor, state: State, tensors: Sequence[Tensor]) -> tuple[Tensor, State]:  # noqa: ARG002
-        operator, bn = self.fixed.connection.operator, _batch_norm(self.fixed)
+        operator, bn = self.fixed.operator, _batch_norm(self.fixed)
         assert operator is not None  # a known connection
         weight, gamma, beta, *bias = tensors
         y = operator.apply(s, weight, bias[0] if bias else None)
@@ -184,7 +184,7 @@ class TimeBatch(Link):
         return (torch.zeros_like(self.tensors[2]), torch.zeros_like(self.tensors[2]))
 
     def respond(self, t: int, s: Tensor, state: State, tensors: Sequence[Tensor]) -> tuple[Tensor, State]:
-        operator, bn = self.fixed.connection.operator, _batch_norm(self.fixed)
+        operator, bn = self.fixed.operator, _batch_norm(self.fixed)
         assert operator is not None  # a known connection
         weight, gamma, beta, *bias = tensors
         y = operator.apply(s, weight, bias[0] if bias else None).to(weight.dtype)
@@ -199,7 +199,7 @@ class TimeBatch(Link):
         return self._finish(y * scale.view(shape) + (beta - mean * scale).view(shape)), (mean, var)
 
     def finish(self, state: State, steps: int, batch: int) -> None:
-        operator, bn, (mean, var) = self.fixed.connection.operator, _batch_norm(self.fixed), state
+        operator, bn, (mean, var) = self.fixed.operator, _batch_norm(self.fixed), state
         assert operator is not None  # a known connection
         values = steps * batch * math.prod(operator.output_shape(self.fixed.input_shape)[1:])
         update_running_statistics(bn, mean, var, batch_count(bn, mean.new_full((1,), values)))

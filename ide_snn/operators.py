@@ -6,6 +6,7 @@ K(W)^T y for any weight W, so that constraints, simulation and solver need no co
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 Pair = tuple[int, int]
+FEW_INPUTS = 32
 KNOWN_MODULES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
@@ -74,6 +76,18 @@ class Operator:
         return F.conv_transpose2d(
             x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )
+
+    @property
+    def has_few_inputs(self) -> bool:
+        """True for convolutions of so few numbers per output that `apply_by_columns` pays on a CPU."""
+        return self.kind == "conv" and self.groups == 1 and self.in_channels * math.prod(self.kernel_size) <= FEW_INPUTS
+
+    def apply_by_columns(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`apply` of a convolution as one matrix product, in channels-last memory."""
+        columns = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)  # [B, C kh kw, positions]
+        y = F.linear(columns.transpose(1, 2), weight.flatten(1), bias)
+        height, width = (self._extent(n, d) for d, n in enumerate(x.shape[2:]))
+        return y.view(len(x), height, width, self.out_channels).permute(0, 3, 1, 2)
 
     def adjoint(self, y: Tensor, weight: Tensor, input_shape: tuple[int, ...]) -> Tensor:
         """K(W)^T y for y of the output's shape; `input_shape` is [C, H, W] without the batch ([C] for linear)."""

@@ -308,4 +308,4 @@ def _last_rate(populations: Sequence[_Population], neuron: NeuronParams, time_st
     last = populations[-1]
     assert last.weighted is not None  # the rate that every simulation measures
     rate = last.weighted / neuron.total_weight(time_steps)
-    return rate + poison.view(-1, *(1,) * (rate.dim() - 1))
+    return rate.add_(poison.view(-1, *(1,) * (rate.dim() - 1)))

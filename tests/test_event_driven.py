@@ -85,6 +85,32 @@ def test_any_geometry(transposed, channels, kernel, stride, padding, dilation, s
     torch.testing.assert_close(EventConnection(affine)(x), affine(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_a_walk_over_rates_has_the_value_and_the_gradients_of_the_dense_product(name: str, share: float) -> None:
+    module, shape = MODULES[name]
+    operator, results = Operator.of(module), []
+    for apply in (event_driven.apply, Operator.apply):
+        generator = torch.Generator().manual_seed(7)
+        x = torch.rand(3, *shape, generator=generator) * (torch.rand(3, *shape, generator=generator) < share)
+        leaves = [t.detach().clone().requires_grad_() for t in (x, module.weight, module.bias)]
+        y = apply(operator, *leaves)
+        cotangent = torch.randn(y.shape, generator=generator)
+        results.append((y, *torch.autograd.grad(y, leaves, cotangent)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv", "strided", "dilated", "wide"])
+def test_a_convolution_by_columns_is_the_convolution(name: str) -> None:
+    module, shape = MODULES[name]
+    operator, x = Operator.of(module.double()), torch.randn(3, *shape, dtype=torch.float64)
+    found = operator.apply_by_columns(x, module.weight, module.bias)
+    torch.testing.assert_close(found, module(x))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    module.float()
+
+
 @pytest.mark.parametrize("leak", [1.0, 0.5])
 @pytest.mark.parametrize(
     ("batch", "shape", "modules"),
