@@ -144,13 +144,12 @@ def draw(results: Sequence[Result], path: Path) -> None:
         subjects = {name: s for name, s in r["subjects"].items() if "step" in s}
         heights = [1e3 * s["step"]["median_s"] for s in subjects.values()]
         bars = axes.barh(list(subjects), heights, color=[colors[s["kind"]] for s in subjects.values()])
-        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+        axes.bar_label(bars, labels=[f"{h:,.0f}" if h >= 100 else f"{h:.3g}" for h in heights], padding=2, fontsize=8)
         for (precision, floor), style in zip(r["floors"].items(), ("-", "--", ":", "-.") * 9, strict=False):
             if not floor["rejected"]:
                 axes.axvline(1e3 * floor["floor_s"], color="black", linestyle=style, label=f"floor, {precision}")
         title = f"{r['case']}, T = {r['time_steps']}, batch {r['batch']}"
         axes.set(xlabel="ms per training step (median)", title=title)
-        axes.set_xscale("log")
         axes.margins(x=0.2)
         axes.invert_yaxis()
         if axes.get_legend_handles_labels()[0]:
