@@ -95,7 +95,7 @@ class _TorchKrylov:
     """By torch operations and, for the small least-squares problem, numpy: any device and type."""
 
     def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
-        basis, beta = _normalise(r)
+        basis, beta = _normalise_(r.clone())
         self.vectors, self.passes, self.noise = [basis], passes, noise
         self.problem = _LeastSquares(beta.double().cpu().numpy(), dimensions)
 
@@ -115,10 +115,10 @@ class _TorchKrylov:
         for _ in range(self.passes):
             for i, q in enumerate(self.vectors):
                 h = (q * w).sum(dim=1)
-                w = torch.addcmul(w, q, h[:, None], value=-1)
+                w.addcmul_(q, h[:, None], value=-1)
                 column[i] += h
         cancelled = w.norm(dim=1) <= self.noise * before
-        vector, column[-1] = _normalise(torch.where(cancelled[:, None], torch.zeros_like(w), w))
+        vector, column[-1] = _normalise_(w.masked_fill_(cancelled[:, None], 0))
         self.vectors.append(vector)
         return self.problem.append(column.double().cpu().numpy())
 
@@ -130,10 +130,10 @@ class _TorchKrylov:
         return y
 
 
-def _normalise(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w / ||w|| and ||w|| per group; a zero row (the space is exhausted) stays zero."""
+def _normalise_(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns w into w / ||w||; returns it and ||w|| per group. A zero row (the space is exhausted) stays zero."""
     length = w.norm(dim=1)
-    return w * torch.where(length > 0, length.reciprocal(), 0.0)[:, None], length
+    return w.mul_(torch.where(length > 0, length.reciprocal(), 0.0)[:, None]), length
 
 
 class _LeastSquares:
