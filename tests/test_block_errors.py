@@ -106,3 +106,8 @@ def test_wrong_kinds_of_options() -> None:
         FeedbackSNN(input=nn.Linear(6, 8), feedback=nn.Linear(8, 8), time_steps=2).bfloat16()(
             torch.zeros(2, 6).bfloat16()
         )
+
+
+def test_finite_inputs_whose_sum_overflows_are_accepted() -> None:
+    block = small_block("fc", dropout=0.0).float().eval()
+    block(torch.full_like(example_input("fc").float(), 3e38))

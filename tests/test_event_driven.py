@@ -19,6 +19,7 @@ from ide_snn.layers import Affine
 from ide_snn.operators import Operator
 from ide_snn.simulation import Record, simulate
 from ide_snn.solvers import LinearProblem, Outcome, solve
+from ide_snn.solvers.vectors import NativeKrylov
 
 REASON = native.why_unavailable("events")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")
@@ -220,6 +221,28 @@ def test_a_nan_poisons_its_sample_only() -> None:
     rates = block(x).detach()
     assert bool(rates[1].isnan().all())
     assert bool(rates[[0, 2]].isfinite().all())
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+def test_a_native_solve_is_the_same_at_any_scale_of_the_right_hand_side(scale: float) -> None:
+    generator = torch.Generator().manual_seed(8)
+    matrix, rhs = 0.05 * torch.randn(64, 64, generator=generator), torch.randn(3, 64, generator=generator)
+    values = [
+        solve(LinearProblem(lambda v: v @ matrix.T, rhs * s, native=True), Gmres(tol=1e-4)).value / s
+        for s in (1.0, scale)
+    ]
+    assert torch.equal(*values)
+
+
+def test_a_native_krylov_space_that_is_exhausted_gets_a_zero_direction() -> None:
+    """The first group is an eigenvector, the second is not."""
+    r = torch.tensor([[3.0, 0.1, 0.7], [1.0, 2.0, 4.0]])
+    factors = torch.tensor([[0.3, 0.3, 0.3], [0.1, 0.5, 0.9]])
+    space = NativeKrylov(r, 3, 1, 1e-6)
+    left = space.extend(space.newest * factors)
+    assert bool((space.newest[0] == 0).all())
+    assert float(space.newest[1].norm()) == pytest.approx(1)
+    assert left[0] < 1e-6 < left[1]
 
 
 def test_native_gmres_solves_as_torch_and_as_linear_algebra() -> None:
