@@ -23,7 +23,12 @@ from ide_snn.simulation import Path, Rates, Record, simulate
 from ide_snn.solvers import SOLVERS, Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
 
 log = logging.getLogger(__name__)
-PATHS = {"events": "event-driven float32", "fused": "dense products, fused neuron kernel"}  # as the log says them
+PATHS = {  # as the log says them
+    "dense": "dense",
+    "events": "event-driven float32",
+    "events16": "event-driven, 16-bit weights",
+    "fused": "dense products, fused neuron kernel",
+}
 SimulationHook = Callable[[Rates], None]
 
 
@@ -194,19 +199,28 @@ class FeedbackSNN(nn.Module):
             return "dense"
         if isinstance(self.gradient, Bptt):
             raise ValueError(f"precision={self.precision} is for implicit differentiation; with Bptt use 'float32'")
-        better: Path = "events"
-        if device.type == "cuda":
-            kernel = available(device)
-            better, reason = "fused", None if kernel.backend == "triton" else kernel.reason
-        elif torch.is_autocast_enabled("cpu"):
-            reason = "autocast is on"
-        else:
-            reason = event_driven.why_not([link.frozen for link in links])
-        message = f"precision={self.precision}: " + (f"dense ({reason})" if reason else PATHS[better])
+        path, reason = self._best_path(links, device)
+        message = f"precision={self.precision}: {PATHS[path]}" + (f" ({reason})" if reason else "")
         if message != self._path_said:
             self._path_said = message
             log.log(logging.INFO if reason is None else logging.WARNING, message)
-        return "dense" if reason else better
+        return path
+
+    def _best_path(self, links: Sequence[FixedConnection], device: torch.device) -> tuple[Path, str | None]:
+        """The path for `precision` exact or fast, and why it is not the one that was asked for."""
+        if device.type == "cuda":
+            kernel = available(device)
+            return ("fused", None) if kernel.backend == "triton" else ("dense", kernel.reason)
+        if torch.is_autocast_enabled("cpu"):
+            return "dense", "autocast is on"
+        maps = [link.frozen for link in links]
+        reason = event_driven.why_not(maps)
+        if reason is not None:
+            return "dense", reason
+        if self.precision == "exact":
+            return "events", None
+        reason = event_driven.why_not_in_levels(maps)
+        return ("events16", None) if reason is None else ("events", reason)
 
     def _attach(self, rates: Tensor, f: EquilibriumMap) -> Tensor:
         if not (self.training or torch.is_grad_enabled()):

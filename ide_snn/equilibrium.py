@@ -24,7 +24,7 @@ from ide_snn.layers import Affine, FixedConnection
 from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
 from ide_snn.operators import Operator
-from ide_snn.simulation import Path
+from ide_snn.simulation import EVENT_PATHS, Path
 
 Products = Literal["auto", "analytic", "autograd"]
 
@@ -57,7 +57,7 @@ class EquilibriumMap:
         feedback, layers: the recurrent connections, fixed for this forward.
         drive: Xbar [B, *], with its graph to the input stage.
         neuron: threshold and leak (f depends on the threshold only).
-        path: how the simulation was computed; with "events" the analytic products of J with convolutions skip the zeros
+        path: how the simulation was computed; with events the analytic products of J with convolutions skip the zeros
             of the slopes, and solves use compiled vector work.
     """
 
@@ -91,9 +91,9 @@ class EquilibriumMap:
         """z_1..z_n, the arguments of sigma in f(a), with their graph; z_i has the shape of population i.
 
         Args:
-            once: they will be differentiated at most once, so that path "events" may walk over the rates.
+            once: they will be differentiated at most once, so that event-driven paths may walk over the rates.
         """
-        apply = event_driven.apply if once and self.path == "events" else Operator.apply
+        apply = event_driven.apply if once and self.path in EVENT_PATHS else Operator.apply
         z = [self.feedback.respond(a, statistics, update_running=update_running, apply=apply) + self.drive]
         for layer in self.layers:
             z[-1] = z[-1] / self.neuron.v_threshold
@@ -140,7 +140,7 @@ class EquilibriumMap:
             slopes.append(slope if affine.gain is None else slope.mul_(affine.gain))
             plain = replace(affine, gain=None)
             # the slopes of fully connected populations are not thin enough for a walk to beat one dense product
-            sparse = self.path == "events" and affine.operator.kind != "linear"
+            sparse = self.path in EVENT_PATHS and affine.operator.kind != "linear"
             maps.append(EventMap(plain) if sparse else plain)
         return AnalyticLinearisation(tuple(maps), tuple(slopes))
 

@@ -32,9 +32,12 @@ from ide_snn.layers import Affine
 from ide_snn.neurons import NeuronParams
 from ide_snn.operators import Operator
 
-LANES = 16  # of csrc/events.c
+LANES, STRETCH = 16, 512  # of csrc/events.c
 MAX_BLOCK = 64  # output channels whose sums fit the registers; LANES of a linear map, whose rows then fit the cache
 TOGETHER = 64  # samples of a fully connected network
+LEVEL_LANES, LEVEL_BLOCK = 32, 128  # of weights in whole units
+LEVELS = 32767  # largest sum of them
+MOST_INPUTS = 16384  # of an output, so that rounding each weight takes no more than a quarter of the levels
 SPARSE = 0.5  # share of numbers that are not 0 up to which a walk over them is faster than a dense convolution
 
 
@@ -84,7 +87,7 @@ class _Connection(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("in_positions", "in_channels", "out_positions", "out_channels")),
         *((name, ctypes.c_int64) for name in ("taps", "block", "blocks")),
-        *((name, ctypes.c_void_p) for name in ("weight", "target", "bias", "gain")),
+        *((name, ctypes.c_void_p) for name in ("weight", "target", "bias", "gain", "levels", "unit")),
     ]
 
 
@@ -113,15 +116,22 @@ def _why_not(affine: object) -> str | None:
     return None
 
 
+def why_not_in_levels(maps: Sequence[object]) -> str | None:
+    """None where the weights of all of `maps`, that the kernels can take, can be in whole units, else the reason."""
+    most = max((affine.weight.numel() // affine.operator.out_channels for affine in maps if isinstance(affine, Affine)))
+    return None if most <= MOST_INPUTS else f"sums of {most} weights need more than 16 bits"
+
+
 class EventConnection:
     """K (or K^T) with its weight packed for the kernels: [blocks, taps, input channels, block].
 
     Args:
         affine: the fixed connection, see `why_not`.
         adjoint: take K^T, without bias and gain.
+        levels: round the weight to 16-bit multiples of a unit per output channel, of spikes alone (`advance`).
     """
 
-    def __init__(self, affine: Affine, *, adjoint: bool = False) -> None:
+    def __init__(self, affine: Affine, *, adjoint: bool = False, levels: bool = False) -> None:
         operator = affine.operator
         self.reach = Reach.of(operator, affine.input_shape, adjoint=adjoint)
         self.is_linear = operator.kind == "linear"
@@ -130,8 +140,14 @@ class EventConnection:
             self.in_channels, self.out_channels = self.out_channels, self.in_channels
         shape = affine.input_shape if adjoint else operator.output_shape(affine.input_shape)
         self.out_shape = tuple(shape)
-        self.blocks = -(-self.out_channels // (LANES if self.is_linear else MAX_BLOCK))
-        self.block = -(-self.out_channels // self.blocks // LANES) * LANES
+        lanes, most = (LEVEL_LANES, LEVEL_BLOCK) if levels else (LANES, MAX_BLOCK)
+        self.blocks = -(-self.out_channels // (lanes if self.is_linear else most))
+        self.block = -(-self.out_channels // self.blocks // lanes) * lanes
+        self.at_once = min(self.blocks, STRETCH // self.block) * self.block  # channels summed before neurons are updated
+        self.unit = None
+        if levels:
+            self.unit = affine.weight.new_ones(self.blocks * self.block)
+            self.unit[: self.out_channels] = unit_of(operator, affine.weight)
         self.weight = self._packed(affine.weight, inputs_first=(operator.kind == "conv_transposed") != adjoint)
         self.bias = None if adjoint or affine.bias is None else affine.bias.contiguous()
         self.gain = None if adjoint or affine.gain is None else channels_last(affine.gain)
@@ -141,9 +157,14 @@ class EventConnection:
         weight, taps = weight.contiguous(), self.reach.taps
         strides = (self.out_channels * taps, taps) if inputs_first else (taps, self.in_channels * taps)
         sizes = (taps, self.in_channels, self.out_channels, *strides, self.block, self.blocks)
-        packed = weight.new_empty(self.blocks, taps, self.in_channels, self.block)
-        pack = native.library("events").pack
-        pack(_address(weight), *(ctypes.c_int64(size) for size in sizes), _address(packed))
+        numbers = (_address(weight), *(ctypes.c_int64(size) for size in sizes))
+        kernels, shape = native.library("events"), (self.blocks, taps, self.in_channels, self.block)
+        if self.unit is None:
+            packed = weight.new_empty(shape)
+            kernels.pack(*numbers, _address(packed))
+        else:
+            packed, per_unit = weight.new_empty(shape, dtype=torch.int16), self.unit.reciprocal()
+            kernels.pack_levels(*numbers, _address(per_unit), _address(packed))
         return packed
 
     def as_struct(self, reach: Reach, part: slice) -> _Connection:
@@ -156,14 +177,22 @@ class EventConnection:
             reach.taps,
             self.block,
             self.blocks,
-            self.weight.data_ptr(),
+            self.weight.data_ptr() if self.unit is None else None,
             reach.target.ctypes.data,
             _pointer(self.bias),
             _pointer(None if self.gain is None else self.gain[part]),
+            None if self.unit is None else self.weight.data_ptr(),
+            _pointer(self.unit),
         )
 
     def __call__(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """gain * (K (scale * x) + bias) for x [B, C, H, W] or [B, C] in float32, skipping zeros; channels-last."""
+        """gain * (K (scale * x) + bias) for x [B, C, H, W] or [B, C] in float32, skipping zeros; channels-last.
+
+        Raises:
+            ValueError: for a weight in levels, which is for spikes.
+        """
+        if self.unit is not None:
+            raise ValueError("a weight in levels is for the spikes of `advance`; products need levels=False")
         x = channels_last(x)
         scale = None if scale is None else channels_last(scale)
         y = empty_channels_last((x.shape[0], *self.out_shape), x)
@@ -193,8 +222,23 @@ class EventConnection:
         native.on_all_threads(work, x.numel() + y.numel())
 
 
-def connect(affine: object) -> EventConnection:
+def unit_of(operator: Operator, weight: Tensor) -> Tensor:
+    """The unit of every output channel [out], so large that 16 bits hold the sum of any of its weights, each rounded.
+
+    With P the sum of the channel's positive weights and N that of the others, n of them, the largest sum in units is at
+    most max(P, -N) / unit + n / 2 <= 32767.
+    """
+    rows = weight.transpose(0, operator.output_dim_of_weight).flatten(1)
+    reach = (rows.abs().sum(1) + rows.sum(1).abs()) / 2  # max(P, -N)
+    unit = reach * (1.0001 / (LEVELS - rows.shape[1] / 2))  # float32 sums may be too small by their rounding
+    return torch.where(unit == 0, 1.0, unit)
+
+
+def connect(affine: object, *, levels: bool = False) -> EventConnection:
     """The map for `advance`.
+
+    Args:
+        levels: with the weight in 16-bit multiples of a unit per output channel.
 
     Raises:
         ValueError: for one that the kernels cannot take.
@@ -202,7 +246,7 @@ def connect(affine: object) -> EventConnection:
     reason = why_not([affine])
     if reason is not None or not isinstance(affine, Affine):
         raise ValueError(f"no event-driven simulation: {reason}")
-    return EventConnection(affine)
+    return EventConnection(affine, levels=levels)
 
 
 def is_sparse(x: Tensor) -> bool:
@@ -297,7 +341,7 @@ def _advance(
     kernels = native.library("events")
     populations = (_Population * len(states))(*(state.as_struct(items) for state in states))
     counter = ctypes.c_int64(0)
-    accumulators = max(reach.out_positions * connection.block for connection, reach in both)
+    accumulators = max(reach.out_positions * connection.at_once for connection, reach in both)
     events = max(reach.in_positions * connection.in_channels for connection, reach in both)
     positions = max(reach.in_positions for _, reach in both)
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ide_snn.equilibrium import AutogradLinearisation, EquilibriumMap, Linearisation
 from ide_snn.neurons import sigma
+from ide_snn.simulation import EVENT_PATHS
 from ide_snn.solvers import ADVICE, LinearProblem, Outcome, Solution, Solver, SolverWarning, solve
 
 SolveHook = Callable[[Solution], None]
@@ -105,7 +106,7 @@ def attach_gradient(
         return rates
     if jacobian is None:
         jacobian = AutogradLinearisation(point, image) if by_graph else f.linearise_by(activations)
-    splice: Tensor = _FixedPointGradient.apply(image, rates, jacobian, solver, couples, hooks, f.path == "events")
+    splice: Tensor = _FixedPointGradient.apply(image, rates, jacobian, solver, couples, hooks, f.path in EVENT_PATHS)
     return splice
 
 

@@ -22,7 +22,8 @@ from ide_snn.layers import Affine, cached_weights
 from ide_snn.neurons import NeuronParams, step_
 
 Advance = Callable[[Tensor, Tensor, Tensor, NeuronParams], None]
-Path = Literal["dense", "fused", "events"]
+Path = Literal["dense", "fused", "events", "events16"]
+EVENT_PATHS = ("events", "events16")
 
 
 class Map(Protocol):
@@ -94,11 +95,11 @@ class _Population:
         self, shape: tuple[int, ...], like: Tensor, leak: float, path: Path, *, rate: bool, count: bool
     ) -> None:
         def zeros(dtype: torch.dtype = like.dtype) -> Tensor:
-            if path == "events":
+            if path in EVENT_PATHS:
                 return event_driven.empty_channels_last(shape, like, dtype).zero_()
             return torch.zeros(shape, dtype=dtype, device=like.device)
 
-        self.u, self.spikes = zeros(), zeros(torch.uint8 if path == "events" else like.dtype)
+        self.u, self.spikes = zeros(), zeros(torch.uint8 if path in EVENT_PATHS else like.dtype)
         # For IF both accumulators are the spike count: one is enough.
         self.weighted = zeros() if rate or (count and leak == 1) else None
         self.count = zeros() if count and leak != 1 else self.weighted
@@ -155,7 +156,8 @@ def simulate(
         path: "dense" takes the maps' own products and torch operations. "fused" has the same products and one kernel
             for the neurons and their accumulators (`ide_snn.kernels`), with the same rounding; `advance` is not used.
             "events" walks over the spikes (`ide_snn.event_driven`, float32 on a CPU, where `why_not` is None); the
-            sums are the same in another order.
+            sums are the same in another order. "events16" does so with weights in 16-bit multiples of a unit per output
+            channel (`event_driven.unit_of`).
 
     Nothing passed in is modified.
     """
@@ -175,8 +177,8 @@ def simulate(
             for i, shape in enumerate(shapes)
         ]
         engine: _Dense | _Events
-        if path == "events":
-            engine = _Events((feedback, *layers), populations, neuron)
+        if path in EVENT_PATHS:
+            engine = _Events((feedback, *layers), populations, neuron, levels=path == "events16")
         else:
             engine = _Dense((feedback, *layers), populations, neuron, None if path == "fused" else advance)
         watcher = _Watcher(populations, neuron, record)
@@ -247,8 +249,10 @@ class _Dense:
 class _Events:
     """Steps by walking over the spikes."""
 
-    def __init__(self, maps: Sequence[Map], populations: Sequence[_Population], neuron: NeuronParams) -> None:
-        self.connections = [event_driven.connect(affine) for affine in maps]
+    def __init__(
+        self, maps: Sequence[Map], populations: Sequence[_Population], neuron: NeuronParams, *, levels: bool
+    ) -> None:
+        self.connections = [event_driven.connect(affine, levels=levels) for affine in maps]
         self.populations, self.neuron = populations, neuron
 
     def run(self, x: Tensor, start: int, steps: int) -> None:  # noqa: ARG002 the state has the time

@@ -4,17 +4,22 @@
  *
  *     y[target][:] += sum over events (position, channel) of value * W[tap][channel][:]     for all (position, target) of tap
  *
+ * With weights in whole units the sums have 16 bits, twice as many to a register. The unit of an output channel is so large
+ * that no set of spikes can overflow its sum, so sums are exact, in any order.
+ *
  * All tensors are channels-last, [B][positions][channels]. Output channels are cut into blocks; while one position's
  * events are added, a block of its sums stays in registers, and the rows of one tap in the cache. Samples are independent:
  * threads take them one by one from a shared counter, and every sum has its order, so the result does not depend on the
  * number of threads.
  */
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #define LANES 16 /* channels are padded to a multiple of it */
 #define SUMS 4   /* of the same neurons, side by side */
+#define STRETCH 512 /* neurons updated at a time: what a step reads and writes of them stays in the first-level cache */
 
 /* One register. Wider vectors than the processor has would go through memory. */
 #if defined(__AVX512F__)
@@ -25,6 +30,7 @@
 #define WIDTH 4
 #endif
 typedef float Lanes __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int16_t Levels __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
 
 typedef struct {
     int64_t in_positions, in_channels, out_positions, out_channels;
@@ -33,6 +39,8 @@ typedef struct {
     const int32_t *target;          /* [taps][in_positions]: output position that a tap leads to, -1 for none */
     const float *bias;              /* [out_channels] or NULL */
     const float *gain;              /* [B][out_positions][out_channels] or NULL */
+    const int16_t *levels;          /* the weight in whole units, laid out alike; NULL where it is `weight` */
+    const float *unit;              /* [blocks * block], of `levels`, per output channel */
 } Connection;
 
 typedef struct {
@@ -96,19 +104,25 @@ static void collect_values(const float *x, const float *scale, int64_t positions
     }
 }
 
+/* Positions with events that `tap` leads somewhere, and where: their number. */
+static inline int64_t find_pairs(const Connection *k, int64_t tap, const Events *events) {
+    const int32_t *target = k->target + tap * k->in_positions;
+    int64_t pairs = 0;
+    for (int64_t i = 0; i < events->active; i++) {
+        int32_t p = events->order[i];
+        events->pairs[2 * pairs] = p;
+        events->pairs[2 * pairs + 1] = target[p];
+        pairs += target[p] >= 0;
+    }
+    return pairs;
+}
+
 /* Called with constants for `weighted` and `block`, so that the sums of a position stay in registers. */
 static inline __attribute__((always_inline)) void walk(const Connection *k, int64_t b, const Events *events, int weighted,
                                                        int64_t block, float *acc) {
     for (int64_t tap = 0; tap < k->taps; tap++) {
         const float *rows = k->weight + (b * k->taps + tap) * k->in_channels * block;
-        const int32_t *target = k->target + tap * k->in_positions;
-        int64_t pairs = 0;
-        for (int64_t i = 0; i < events->active; i++) {
-            int32_t p = events->order[i];
-            events->pairs[2 * pairs] = p;
-            events->pairs[2 * pairs + 1] = target[p];
-            pairs += target[p] >= 0;
-        }
+        int64_t pairs = find_pairs(k, tap, events);
         for (int64_t i = 0; i < pairs; i++) {
             int32_t p = events->pairs[2 * i], e = events->first[p], end = events->first[p + 1];
             Lanes *y = (Lanes *)(acc + events->pairs[2 * i + 1] * block), sum[block / WIDTH];
@@ -137,6 +151,48 @@ static inline __attribute__((always_inline)) void walk(const Connection *k, int6
     }
 }
 
+/* The same for spikes and `levels`. */
+static inline __attribute__((always_inline)) void walk_levels(const Connection *k, int64_t b, const Events *events,
+                                                              int64_t block, int16_t *acc) {
+    for (int64_t tap = 0; tap < k->taps; tap++) {
+        const int16_t *rows = k->levels + (b * k->taps + tap) * k->in_channels * block;
+        int64_t pairs = find_pairs(k, tap, events);
+        for (int64_t i = 0; i < pairs; i++) {
+            int32_t p = events->pairs[2 * i], e = events->first[p], end = events->first[p + 1];
+            Levels *y = (Levels *)(acc + events->pairs[2 * i + 1] * block), sum[block / (2 * WIDTH)];
+            for (int64_t j = 0; j < block / (2 * WIDTH); j++) sum[j] = y[j];
+            for (; e < end; e++) {
+                const Levels *row = (const Levels *)(rows + events->channel[e] * block);
+                for (int64_t j = 0; j < block / (2 * WIDTH); j++) sum[j] += row[j];
+            }
+            for (int64_t j = 0; j < block / (2 * WIDTH); j++) y[j] = sum[j];
+        }
+    }
+}
+
+/* acc [out_positions][block] = block `b` of the response to the spikes, in units, without bias. */
+static void respond_in_levels(const Connection *k, int64_t b, const Events *events, int16_t *acc) {
+    memset(acc, 0, k->out_positions * k->block * sizeof(int16_t));
+    switch (k->block) {
+        case 32: walk_levels(k, b, events, 32, acc); break;
+        case 64: walk_levels(k, b, events, 64, acc); break;
+        case 96: walk_levels(k, b, events, 96, acc); break;
+        case 128: walk_levels(k, b, events, 128, acc); break;
+    }
+}
+
+/* current [positions][block] of sums in units, bias included. */
+static inline void from_levels(const Connection *k, int64_t b, int64_t positions, const int16_t *restrict acc,
+                               float *restrict current) {
+    const float *unit = k->unit + b * k->block, *bias = k->bias ? k->bias + b * k->block : 0;
+    int64_t left = k->out_channels - b * k->block, n = left < k->block ? left : k->block;
+    for (int64_t p = 0; p < positions; p++, acc += k->block, current += k->block) {
+        for (int64_t j = 0; j < k->block; j++) current[j] = (float)acc[j] * unit[j];
+        if (bias)
+            for (int64_t j = 0; j < n; j++) current[j] += bias[j];
+    }
+}
+
 /* acc [out_positions][block] = block `b` of the response to the events, bias included. */
 static void respond(const Connection *k, int64_t b, const Events *events, int weighted, float *acc) {
     memset(acc, 0, k->out_positions * k->block * sizeof(float));
@@ -157,7 +213,16 @@ static void respond(const Connection *k, int64_t b, const Events *events, int we
     }
 }
 
-#define STRETCH 512 /* neurons updated at a time: what a step reads and writes of them stays in the first-level cache */
+/* to[c * block] = from[c * stride] in whole units, for n input channels. */
+static inline __attribute__((always_inline)) void pack_row(const float *from, int64_t n, int64_t stride, float per_unit,
+                                                           int16_t *to, int64_t block) {
+    int16_t room[STRETCH];
+    for (int64_t start = 0; start < n; start += STRETCH, from += STRETCH * stride) {
+        int64_t part = n - start < STRETCH ? n - start : STRETCH;
+        for (int64_t c = 0; c < part; c++) room[c] = (int16_t)(int32_t)rintf(from[c * stride] * per_unit);
+        for (int64_t c = 0; c < part; c++) to[(start + c) * block] = room[c];
+    }
+}
 
 /* packed [blocks][taps][in_channels][block] of a contiguous weight with these strides; zero behind out_channels. */
 void pack(const float *weight, int64_t taps, int64_t in_channels, int64_t out_channels, int64_t in_stride,
@@ -170,6 +235,21 @@ void pack(const float *weight, int64_t taps, int64_t in_channels, int64_t out_ch
                 for (int64_t j = 0; j < n; j++) packed[j] = w[j * out_stride];
                 for (int64_t j = n; j < block; j++) packed[j] = 0;
             }
+    }
+}
+
+/* The same in whole units of 1 / per_unit[output channel], rounded. */
+void pack_levels(const float *weight, int64_t taps, int64_t in_channels, int64_t out_channels, int64_t in_stride,
+                 int64_t out_stride, int64_t block, int64_t blocks, const float *per_unit, int16_t *packed) {
+    memset(packed, 0, blocks * taps * in_channels * block * sizeof(int16_t));
+    for (int64_t j = 0; j < out_channels; j++) {
+        int16_t *to = packed + (j / block * taps * in_channels) * block + j % block;
+        const float *from = weight + j * out_stride;
+        if (in_stride == 1) /* then there is one tap, and the compiler sees that the row is contiguous */
+            pack_row(from, in_channels, 1, per_unit[j], to, block);
+        else
+            for (int64_t tap = 0; tap < taps; tap++)
+                pack_row(from + tap, in_channels, in_stride, per_unit[j], to + tap * in_channels * block, block);
     }
 }
 
@@ -195,25 +275,36 @@ static inline void advance(int64_t n, float *restrict current, const float *rest
         for (int64_t j = 0; j < n; j++) count[j] += current[j];
 }
 
-/* Population i of one sample, driven by the events of its predecessor. */
+/* Population i of one sample, driven by the events of its predecessor. Blocks of STRETCH channels are computed, then the
+ * neurons of one position after the other. */
 static void update(const Connection *k, const Population *q, int64_t sample, const Events *events, const float *drive,
                    float threshold, float leak, float *acc) {
-    int64_t base = sample * q->size;
-    for (int64_t b = 0; b < k->blocks; b++) {
-        respond(k, b, events, 0, acc);
-        int64_t first = b * k->block, n = k->out_channels - first < k->block ? k->out_channels - first : k->block;
+    float room[STRETCH];
+    for (int64_t b = 0; b < k->blocks; b += STRETCH / k->block) {
+        int64_t blocks = k->blocks - b < STRETCH / k->block ? k->blocks - b : STRETCH / k->block;
+        int64_t first = b * k->block, left = k->out_channels - first, n = left < STRETCH ? left : STRETCH;
+        int64_t size = k->out_positions * k->block;
+        for (int64_t i = 0; i < blocks; i++)
+            if (k->levels) respond_in_levels(k, b + i, events, (int16_t *)acc + i * size);
+            else respond(k, b + i, events, 0, acc + i * size);
         /* positions follow each other in memory where one block has all channels */
         int64_t together = k->block == k->out_channels ? STRETCH / k->block : 1;
         for (int64_t p = 0; p < k->out_positions; p += together) {
-            int64_t at = base + p * k->out_channels + first, left = k->out_positions - p;
-            advance(n * (left < together ? left : together), acc + p * k->block, k->gain ? k->gain + at : 0, drive ? drive + at : 0, q->u + at, q->spikes + at,
+            int64_t at = (sample * k->out_positions + p) * k->out_channels + first, behind = k->out_positions - p;
+            int64_t positions = behind < together ? behind : together;
+            for (int64_t i = 0; i < blocks; i++) {
+                int64_t source = i * size + p * k->block;
+                if (k->levels) from_levels(k, b + i, positions, (const int16_t *)acc + source, room + i * k->block);
+                else memcpy(room + i * k->block, acc + source, positions * k->block * sizeof(float));
+            }
+            advance(n * positions, room, k->gain ? k->gain + at : 0, drive ? drive + at : 0, q->u + at, q->spikes + at,
                     q->weighted ? q->weighted + at : 0, q->count ? q->count + at : 0, threshold, leak);
         }
     }
 }
 
 /* `steps` time steps. connections[0] is the feedback, connections[i] leads from population i - 1 to i.
- * work: acc [largest out_positions * block], channel [largest input + 8], first, order, pairs [4 * (largest positions + 1)],
+ * work: acc [largest out_positions * channels up to STRETCH], channel [largest input + 8], first, order, pairs [4 * (largest positions + 1)],
  * of this thread. */
 void simulate(const Connection *connections, const Population *populations, int64_t n, int64_t batch, int64_t steps,
               const float *drive, float threshold, float leak, int64_t most, int64_t *next, float *acc,
