@@ -113,18 +113,31 @@ void extend(int64_t groups, int64_t n, int64_t k, const float *const *basis, flo
     }
 }
 
-/* y += c_1 q_1 + ... + c_k q_k with R c = right; an exhausted direction gets 0. */
-void combine(int64_t groups, int64_t n, int64_t k, const float *const *basis, float *y, double *state, int64_t m,
-             int64_t *next) {
+/* y += c_1 q_1 + ... + c_k q_k with R c = right; an exhausted direction gets 0. The residual, the basis q_1..q_{k+1} times
+ * the right-hand side that is left with its rotations turned back, overwrites q_{k+1}; norm [groups] is its length. */
+void finish(int64_t groups, int64_t n, int64_t k, float *const *basis, float *y, double *state, int64_t m, float *norm,
+            int64_t *next) {
     for (int64_t g; (g = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < groups;) {
-        double *r = state_of(state, g, m), *c = r + m * m + 2 * m; /* the solution overwrites the right-hand side */
+        double *r = state_of(state, g, m), *rotation = r + m * m, *c = rotation + 2 * m; /* the solution overwrites */
+        double rest = c[k];                                                             /* the right-hand side */
         for (int64_t i = k - 1; i >= 0; i--) {
             for (int64_t j = i + 1; j < k; j++) c[i] -= r[j * m + i] * c[j];
             c[i] = r[i * m + i] == 0 ? 0 : c[i] / r[i * m + i];
         }
+        float *left = basis[k] + g * n, *to = y + g * n;
+        double below = rest; /* coefficient of q_{i+1} before rotation i is turned back */
+        for (int64_t i = k - 1; i >= 0; i--) {
+            double sine = rotation[2 * i + 1], own = rotation[2 * i] * below;
+            rotation[2 * i] = own; /* of q_{i+2}, counted from 1 */
+            below = -sine * below;
+        }
+        for (int64_t i = 0; i < n; i++) left[i] *= (float)rotation[2 * k - 2];
         for (int64_t j = 0; j < k; j++) {
             const float *q = basis[j] + g * n;
-            for (int64_t i = 0; i < n; i++) y[g * n + i] += (float)c[j] * q[i];
+            float own = (float)(j ? rotation[2 * j - 2] : below), share = (float)c[j];
+            for (int64_t i = 0; i < n; i++) to[i] += share * q[i];
+            for (int64_t i = 0; i < n; i++) left[i] += own * q[i];
         }
+        norm[g] = (float)sqrt(dot(n, left, left));
     }
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ide_snn.solvers.base import Workspace, check_settings, require_count
+from ide_snn.solvers.base import Advance, Workspace, check_settings, require_count
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class _Acceleration:
         self.dr: list[Tensor] = []
         self.gram: Tensor | None = None  # [G, k, k] inner products of dr
 
-    def advance(self, y: Tensor, r: Tensor, budget: int) -> tuple[Tensor, int, int]:  # noqa: ARG002
+    def advance(self, y: Tensor, r: Tensor, budget: int) -> Advance:  # noqa: ARG002
         if self.previous is not None:
             self._remember(y - self.previous[0], r - self.previous[1])
         self.previous = (y, r)
@@ -57,7 +57,7 @@ class _Acceleration:
         proposal = y + beta * r
         for gamma, dy, dr in zip(self._coefficients(r), self.dy, self.dr, strict=True):
             proposal.sub_(gamma * dy).sub_(gamma * dr, alpha=beta)
-        return proposal, 1, 0
+        return Advance(proposal)
 
     def _remember(self, dy: Tensor, dr: Tensor) -> None:
         if len(self.dr) == self.settings.memory:

@@ -5,8 +5,9 @@ Two kinds of problem:
     linear      v = b + A v        residual r(v) = b + A v - v,  measured as ||r|| / ||b||
     nonlinear   z = f(z)           residual r(z) = f(z) - z,     measured as ||r|| / ||f(z)||
 
-The loop evaluates the true residual of every iterate (never a recurrence's estimate of it), decides, and asks
-the method for the next iterate. Unknowns are handled as [G, N]: one row (group) per sample where samples do
+The loop evaluates the true residual of every iterate, decides, and asks the method for the next iterate. A method that
+has the images of what its iterate consists of may give the residual as the same combination of them, which for a linear
+A is the true one to rounding (GMRES, where tol is far above rounding); a recurrence's estimate of its norm never decides. Unknowns are handled as [G, N]: one row (group) per sample where samples do
 not influence each other, a single row where they do. The residual is relative to each group's own scale, so
 neither the scale of the loss nor the other samples of a batch decide how well a sample is solved.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -131,11 +132,33 @@ class FixedPointProblem:
 Problem = LinearProblem | FixedPointProblem
 
 
+@dataclass(frozen=True)
+class Advance:
+    """The next iterate [G, N], the steps taken to it and the products used.
+
+    residual: (r [G, N], ||r|| [G]) where the method has it to rounding without a product of the iterate.
+    """
+
+    y: Tensor
+    steps: int = 1
+    products: int = 0
+    residual: tuple[Tensor, Array] | None = None
+
+
 class Method(Protocol):
     """The memory of one solve. Lives as long as the solve."""
 
-    def advance(self, y: Tensor, r: Tensor, budget: int) -> tuple[Tensor, int, int]:
-        """From iterate y with residual r, both [G, N], to (next iterate, steps taken <= budget, products used)."""
+    def advance(self, y: Tensor, r: Tensor, budget: int) -> Advance:
+        """From iterate y with residual r, both [G, N], in at most `budget` steps; r may be overwritten."""
+        ...
+
+
+@runtime_checkable
+class FromZero(Protocol):
+    """A method for linear problems that starts from y = 0, whose residual b needs no product, instead of from y = b."""
+
+    def first(self, b: Tensor, budget: int) -> Advance:
+        """From y = 0 in at most `budget` steps; b [G, N] may be overwritten."""
         ...
 
 
@@ -206,11 +229,11 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
     Args:
         problem: what to solve; its tensors are not modified.
         solver: how (`FixedPoint`, `Anderson`, `Broyden`, `Gmres`).
-        y0: first iterate; by default the right-hand side (linear) or `problem.start` (nonlinear).
+        y0: first iterate; by default the right-hand side (linear; 0 for GMRES) or `problem.start` (nonlinear).
         trace: keep the largest residual after each evaluation.
 
     Returns:
-        The best finite iterate per group with the verdict on it. Nothing is raised for a failed solve: the
+        The best finite iterate per group, the first iterate where there is none, with the verdict on it. Nothing is raised for a failed solve: the
         caller sees `outcome`. A group that fails does not end the solve of the others. If not even the first
         iterate has a finite residual, it is returned as it is, so a NaN stays a NaN.
 
@@ -270,23 +293,30 @@ def _first_iterate(work: Workspace, y0: Tensor | None) -> Tensor:
 
 def _solve(work: Workspace, solver: Solver, y0: Tensor | None, keep_trace: bool) -> Solution:
     method = solver.begin(work)
-    y = start = _first_iterate(work, y0)
-    best, best_residual = y, np.full(work.groups, np.inf)
+    start = _first_iterate(work, y0)
+    best, best_residual = start, np.full(work.groups, np.inf)
     progress = _Progress(solver.tol)
     trace: list[float] = []
-    steps, products = 0, 0
+    now = Advance(start, steps=0)
+    steps = products = 0
+    if isinstance(method, FromZero) and y0 is None:
+        progress.first = _relative(work.rhs_norm, work.rhs_norm)
+        trace.append(_largest(progress.first))
+        now = method.first(start.clone(), solver.max_steps)
     while True:
-        r, residual = _evaluate(work, y)
-        products += 1
-        trace.append(float(residual.max()) if residual.size else 0.0)
+        y, steps, products = now.y, steps + now.steps, products + now.products
+        if now.residual is None:
+            r, residual = _evaluate(work, y)
+            products += 1
+        else:
+            r, residual = now.residual[0], _relative(now.residual[1], work.rhs_norm)
+        trace.append(_largest(residual))
         best, best_residual = _keep_best(best, best_residual, y, residual)
         outcome = progress.verdict(best_residual, residual, out_of_steps=steps >= solver.max_steps)
         if outcome is not None:
             stats = SolveStats(steps, products, torch.from_numpy(best_residual), tuple(trace) if keep_trace else None)
             return Solution(work.unrows(best.clone() if best is start else best), outcome, stats)
-        y, taken, used = method.advance(y, r, solver.max_steps - steps)
-        steps += taken
-        products += used
+        now = method.advance(y, r, solver.max_steps - steps)
 
 
 def _evaluate(work: Workspace, y: Tensor) -> tuple[Tensor, Array]:
@@ -301,11 +331,20 @@ def _evaluate(work: Workspace, y: Tensor) -> tuple[Tensor, Array]:
         image = work.rows(work.image(y))
         r = image - y
         absolute, scale = _numbers(torch.stack([r.norm(dim=1), image.norm(dim=1)]))
+    return r, _relative(absolute, scale)
+
+
+def _relative(absolute: Array, scale: Array) -> Array:
+    """Norms of residuals [G] in units of their scale [G]."""
     # b = 0 has the solution v = 0 with residual 0 exactly. f(z) = 0 at some z, silent neurons, is nothing
     # infinite: there the residual is measured against z, which makes it 1
     known = scale > 0
-    relative = np.where(known, absolute / np.where(known, scale, 1.0), np.where(absolute > 0, 1.0, absolute))
-    return r, relative
+    with np.errstate(invalid="ignore"):  # infinity in units of infinity is no number
+        return np.where(known, absolute / np.where(known, scale, 1.0), np.where(absolute > 0, 1.0, absolute))
+
+
+def _largest(residual: Array) -> float:
+    return float(residual.max()) if residual.size else 0.0
 
 
 def _numbers(x: Tensor) -> Array:

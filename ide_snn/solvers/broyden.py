@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ide_snn.solvers.base import Workspace, check_settings, require_count
+from ide_snn.solvers.base import Advance, Workspace, check_settings, require_count
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class _QuasiNewton:
         self.right: list[Tensor] = []
         self.previous: tuple[Tensor, Tensor] | None = None
 
-    def advance(self, y: Tensor, r: Tensor, budget: int) -> tuple[Tensor, int, int]:  # noqa: ARG002
+    def advance(self, y: Tensor, r: Tensor, budget: int) -> Advance:  # noqa: ARG002
         if self.previous is not None:
             self._update(y - self.previous[0], r - self.previous[1])
         self.previous = (y, r)
-        return y - self._apply(r, self.left, self.right), 1, 0
+        return Advance(y - self._apply(r, self.left, self.right))
 
     @staticmethod
     def _apply(x: Tensor, left: list[Tensor], right: list[Tensor]) -> Tensor:

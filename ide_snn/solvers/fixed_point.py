@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ide_snn.solvers.base import Workspace, check_settings
+from ide_snn.solvers.base import Advance, Workspace, check_settings
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,5 @@ class FixedPoint:
 class _Iteration:
     damping: float
 
-    def advance(self, y: Tensor, r: Tensor, budget: int) -> tuple[Tensor, int, int]:  # noqa: ARG002
-        return y + self.damping * r, 1, 0
+    def advance(self, y: Tensor, r: Tensor, budget: int) -> Advance:  # noqa: ARG002
+        return Advance(y + self.damping * r)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ide_snn.solvers.base import FixedPointProblem, Workspace, check_settings, require_count
+from ide_snn.solvers.base import Advance, FixedPointProblem, Workspace, check_settings, require_count
 from ide_snn.solvers.vectors import NativeKrylov
 
 Array = NDArray[np.float64]
@@ -28,8 +28,10 @@ class Gmres:
         max_steps: Krylov dimensions at most, over all restarts.
         restart: Krylov dimensions kept before starting anew from the iterate reached.
 
-    The residual that the recurrence predicts ends an inner run; the loop then evaluates the true residual and
-    starts another run if it falls short, so rounding in the recurrence cannot fake convergence.
+    An inner run starts from v = 0 and ends when the recurrence predicts a residual below tol. The verdict is on the
+    residual itself, r = V (beta e_1 - H c) with the basis V and its images V H = (1 - A) V as they were computed, which
+    rounding in the recurrence cannot fake; below tol = sqrt(eps), where rounding matters, on one more product. If it
+    falls short another run starts from there.
     """
 
     tol: float = 1e-3
@@ -65,8 +67,11 @@ class Krylov(Protocol):
         """Takes A q_k, which may be overwritten; returns the residual norm [G] that is left."""
         ...
 
-    def combine(self, y: Tensor) -> Tensor:
-        """y + the combination of the basis with the smallest residual; once, at the end."""
+    def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array]:
+        """y (None: 0) + the combination of the basis with the smallest residual, its residual and the norms [G] of that.
+
+        Once, at the end: the basis may be overwritten.
+        """
         ...
 
 
@@ -75,27 +80,34 @@ class _Restarted:
         self.settings = settings
         self.work = work
 
-    def advance(self, y: Tensor, r: Tensor, budget: int) -> tuple[Tensor, int, int]:
-        dimensions = min(self.settings.restart, budget)
+    def first(self, b: Tensor, budget: int) -> Advance:
+        return self._run(None, b, budget)
+
+    def advance(self, y: Tensor, r: Tensor, budget: int) -> Advance:
+        return self._run(y, r, budget)
+
+    def _run(self, y: Tensor | None, r: Tensor, budget: int) -> Advance:
+        dimensions, eps = min(self.settings.restart, budget), torch.finfo(r.dtype).eps
         # Modified Gram-Schmidt loses orthogonality like eps / residual: one pass is enough until that matters.
-        passes = 1 if self.settings.tol > torch.finfo(y.dtype).eps ** 0.5 else 2
+        is_loose = self.settings.tol > eps**0.5
         kind = NativeKrylov if self.work.native else _TorchKrylov
         # What is left after cancelling to rounding level is noise, not a direction.
-        space: Krylov = kind(r, dimensions, passes, 10 * torch.finfo(r.dtype).eps)
+        space: Krylov = kind(r, dimensions, 1 if is_loose else 2, 10 * eps)
         # A little below tol: the true residual, which decides, differs from the predicted by rounding.
         enough = 0.9 * self.settings.tol * self.work.rhs_norm
         for _ in range(dimensions):
             predicted = space.extend(self.work.matvec(space.newest))
             if (~np.isfinite(predicted) | (predicted <= enough)).all():
                 break
-        return space.combine(y), space.size, space.size
+        y, r, norm = space.finish(y)
+        return Advance(y, space.size, space.size, (r, norm) if is_loose else None)
 
 
 class _TorchKrylov:
     """By torch operations and, for the small least-squares problem, numpy: any device and type."""
 
     def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
-        basis, beta = _normalise_(r.clone())
+        basis, beta = _normalise_(r)
         self.vectors, self.passes, self.noise = [basis], passes, noise
         self.problem = _LeastSquares(beta.double().cpu().numpy(), dimensions)
 
@@ -122,12 +134,18 @@ class _TorchKrylov:
         self.vectors.append(vector)
         return self.problem.append(column.double().cpu().numpy())
 
-    def combine(self, y: Tensor) -> Tensor:
-        coefficients = torch.from_numpy(self.problem.solution()).to(device=y.device, dtype=y.dtype)
-        y = y.clone()
-        for c, q in zip(coefficients, self.vectors, strict=False):
+    def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array]:
+        y = torch.zeros_like(self.newest) if y is None else y.clone()
+        self._add(y, self.problem.solution())
+        r = torch.zeros_like(y)
+        self._add(r, self.problem.remainder())
+        return y, r, r.norm(dim=1).double().cpu().numpy()
+
+    def _add(self, y: Tensor, coefficients: Array) -> None:
+        """y += the combination of the basis with coefficients [k, G]."""
+        columns = torch.from_numpy(coefficients).to(device=y.device, dtype=y.dtype)
+        for c, q in zip(columns, self.vectors, strict=False):
             y.addcmul_(c[:, None], q)
-        return y
 
 
 def _normalise_(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +181,7 @@ class _LeastSquares:
         return np.abs(self.right[k + 1])
 
     def solution(self) -> Array:
-        """Coefficients [k, G] by back substitution; an exhausted direction gets 0."""
+        """Coefficients c [k, G] by back substitution; an exhausted direction gets 0."""
         k = len(self.rotations)
         y: Array = np.zeros((k, self.right.shape[1]))
         for i in reversed(range(k)):
@@ -171,3 +189,12 @@ class _LeastSquares:
             pivot = self.r[i, i]
             y[i] = np.where(pivot != 0, rest / np.where(pivot != 0, pivot, 1.0), 0.0)
         return y
+
+    def remainder(self) -> Array:
+        """Coefficients beta e_1 - H c [k + 1, G] of the residual in the basis: the rotations, turned back."""
+        k = len(self.rotations)
+        t: Array = np.zeros((k + 1, self.right.shape[1]))
+        t[k] = self.right[k]
+        for i, (cos, sin) in reversed(list(enumerate(self.rotations))):
+            t[i], t[i + 1] = -sin * t[i + 1], cos * t[i + 1]
+        return t

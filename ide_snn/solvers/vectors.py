@@ -60,14 +60,25 @@ class NativeKrylov:
         self.vectors.append(image)
         return predicted.astype(np.float64)
 
-    def combine(self, y: Tensor) -> Tensor:
-        y = y.clone()
-        dimensions = ctypes.c_int64(self._dimensions)
-        _run("combine", y, self.size, *self._basis(self.size), _pointer(y), _pointer(self._state), dimensions)
-        return y
+    def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, NDArray[np.float64]]:
+        y = torch.zeros_like(self.newest) if y is None else y.clone()
+        norm = np.empty(len(y), dtype=np.float32)
+        _run(
+            "finish",
+            y,
+            2 * self.size,
+            *self._basis(self.size),
+            _pointer(y),
+            _pointer(self._state),
+            ctypes.c_int64(self._dimensions),
+            _pointer(norm),
+        )
+        return y, self.newest, norm.astype(np.float64)
 
     def _basis(self, size: int) -> tuple[ctypes.c_int64, ctypes.Array[ctypes.c_void_p]]:
-        return ctypes.c_int64(size), (ctypes.c_void_p * size)(*(q.data_ptr() for q in self.vectors[:size]))
+        """`size`, and the addresses of all vectors."""
+        pointers = (ctypes.c_void_p * len(self.vectors))(*(q.data_ptr() for q in self.vectors))
+        return ctypes.c_int64(size), pointers
 
 
 def _run(name: str, rows: Tensor, passes: int, *arguments: object) -> None:
