@@ -131,13 +131,18 @@ class EquilibriumMap:
 
         Each slope sigma'(z_i) / V_th takes in the dropout gain of the connection before it.
         """
-        maps: list[LinearMap] = []
         slopes = []
         for link, z in zip(self.chain, activations, strict=True):
+            slope = sigma_mask(z.detach()).to(torch.promote_types(z.dtype, torch.float32)).div_(self.neuron.v_threshold)
+            slopes.append(slope if link.gain is None else slope.mul_(link.gain))
+        return self.linearise_with(slopes)
+
+    def linearise_with(self, slopes: Sequence[Tensor]) -> AnalyticLinearisation:
+        """J with running statistics and these slopes of the connections, gain_i sigma'(z_i) / V_th."""
+        maps: list[LinearMap] = []
+        for link in self.chain:
             affine = link.frozen
             assert isinstance(affine, Affine)  # callers have seen that all connections are known
-            slope = sigma_mask(z.detach()).to(torch.promote_types(z.dtype, torch.float32)).div_(self.neuron.v_threshold)
-            slopes.append(slope if affine.gain is None else slope.mul_(affine.gain))
             plain = replace(affine, gain=None)
             # the slopes of fully connected populations are not thin enough for a walk to beat one dense product
             sparse = self.path in EVENT_PATHS and affine.operator.kind != "linear"

@@ -95,6 +95,40 @@ class _Population(ctypes.Structure):
     _fields_ = [("size", ctypes.c_int64), *((n, ctypes.c_void_p) for n in ("u", "spikes", "weighted", "count"))]
 
 
+class _Scratch(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("threads", "size", "accumulators", "events", "positions")),
+        ("memory", ctypes.c_void_p),
+    ]
+
+    @classmethod
+    def of(cls, accumulators: int, events: int, positions: int) -> tuple[_Scratch, Tensor]:
+        """Room for every thread: for so many sums, events and positions; and the memory, which the caller keeps."""
+        sizes = [-(-n // 16) * 16 for n in (accumulators, events + 8, positions + 1)]
+        each = 4 * (sizes[0] + 2 * sizes[1] + 4 * sizes[2])  # all numbers have four bytes
+        memory = torch.empty(torch.get_num_threads() * each, dtype=torch.uint8)
+        return cls(0, each, *sizes, memory.data_ptr()), memory
+
+
+class _Simulation(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("connections", "populations")),
+        *((name, ctypes.c_int64) for name in ("n", "batch", "steps", "next")),
+        ("drive", ctypes.c_void_p),
+        *((name, ctypes.c_double) for name in ("threshold", "leak")),
+        ("scratch", _Scratch),
+    ]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        ("connection", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "next")),
+        *((name, ctypes.c_void_p) for name in ("x", "scale", "y")),
+        ("scratch", _Scratch),
+    ]
+
+
 def why_not(maps: Sequence[object]) -> str | None:
     """None where the event-driven kernels can take all of `maps`, else the reason."""
     reasons = (_why_not(affine) for affine in maps)
@@ -204,22 +238,10 @@ class EventConnection:
     def _product(
         self, struct: _Connection, reach: Reach, items: int, x: Tensor, scale: Tensor | None, y: Tensor
     ) -> None:
-        kernels = native.library("events")
-        counter = ctypes.c_int64(0)
-        size = reach.in_positions * self.in_channels
-
-        def work() -> None:
-            acc, channel, first = _scratch(reach.out_positions * self.block, size, reach.in_positions)
-            value = np.empty(size + 1, dtype=np.float32)
-            kernels.product(
-                ctypes.byref(struct),
-                ctypes.c_int64(items),
-                *(_address(t) for t in (x, scale, y)),
-                ctypes.byref(counter),
-                *(ctypes.c_void_p(a.ctypes.data) for a in (acc, channel, value, first)),
-            )
-
-        native.on_all_threads(work, x.numel() + y.numel())
+        events = reach.in_positions * self.in_channels
+        scratch, _memory = _Scratch.of(reach.out_positions * self.block, events, reach.in_positions)
+        work = _Product(ctypes.addressof(struct), items, 0, *(_pointer(t) for t in (x, scale, y)), scratch)
+        native.on_all_threads(native.library("events").product, work, reach.taps * (x.numel() + y.numel()))
 
 
 def unit_of(operator: Operator, weight: Tensor) -> Tensor:
@@ -262,6 +284,14 @@ def apply(operator: Operator, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return y
 
 
+def respond(affine: Affine, x: Tensor) -> Tensor:
+    """K x + b of a connection that `why_not` has no objection to, without its gain; channels-last, a new tensor."""
+    operator = affine.operator
+    if operator.kind == "linear" or not is_sparse(x):
+        return channels_last(operator.apply(x, affine.weight, affine.bias))
+    return EventConnection(replace(affine, gain=None))(x)
+
+
 class _Walk(torch.autograd.Function):
     """K x + b by a walk; its backward pass by torch's dense convolutions."""
 
@@ -275,10 +305,7 @@ class _Walk(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        o, wants = ctx.operator, ctx.needs_input_grad[:3]
-        geometry = [o.stride, o.padding, o.dilation, o.kind == "conv_transposed", o.output_padding, o.groups]
-        found = torch.ops.aten.convolution_backward(grad, x, weight, [o.out_channels], *geometry, wants)
-        return *(g if wanted else None for g, wanted in zip(found, wants, strict=True)), None
+        return *ctx.operator.convolution_backward(grad, x, weight, ctx.needs_input_grad[:3]), None
 
 
 @dataclass(frozen=True)
@@ -338,28 +365,19 @@ def _advance(
     steps: int,
     items: int,
 ) -> None:
-    kernels = native.library("events")
     populations = (_Population * len(states))(*(state.as_struct(items) for state in states))
-    counter = ctypes.c_int64(0)
     accumulators = max(reach.out_positions * connection.at_once for connection, reach in both)
     events = max(reach.in_positions * connection.in_channels for connection, reach in both)
-    positions = max(reach.in_positions for _, reach in both)
-
-    def work() -> None:
-        scratch = _scratch(accumulators, events, positions)
-        kernels.simulate(
-            links,
-            populations,
-            *(ctypes.c_int64(n) for n in (len(states), items, steps)),
-            _address(drive),
-            ctypes.c_float(neuron.v_threshold),
-            ctypes.c_float(neuron.leak),
-            ctypes.c_int64(positions + 1),
-            ctypes.byref(counter),
-            *(ctypes.c_void_p(a.ctypes.data) for a in scratch),
-        )
-
-    native.on_all_threads(work, steps * sum(state.u.numel() for state in states))
+    scratch, _memory = _Scratch.of(accumulators, events, max(reach.in_positions for _, reach in both))
+    work = _Simulation(
+        ctypes.addressof(links),
+        ctypes.addressof(populations),
+        *(len(states), items, steps, 0),
+        drive.data_ptr(),
+        *(neuron.v_threshold, neuron.leak),
+        scratch,
+    )
+    native.on_all_threads(native.library("events").simulate, work, steps * sum(state.u.numel() for state in states))
 
 
 def _parts(batch: int, connections: Sequence[EventConnection]) -> Iterator[tuple[slice, int, tuple[Reach, ...]]]:
@@ -394,15 +412,6 @@ def channels_last(x: Tensor) -> Tensor:
 def empty_channels_last(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
-
-
-def _scratch(accumulators: int, events: int, positions: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Memory of one thread: accumulators, event channels, and bookkeeping of positions."""
-    return (
-        np.empty(accumulators, dtype=np.float32),
-        np.empty(events + 8, dtype=np.int32),
-        np.empty(4 * (positions + 1), dtype=np.int32),
-    )
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

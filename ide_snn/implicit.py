@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ide_snn.chain import attach_written_out, has_written_out_gradient
 from ide_snn.equilibrium import AutogradLinearisation, EquilibriumMap, Linearisation
 from ide_snn.neurons import sigma
 from ide_snn.simulation import EVENT_PATHS
@@ -97,6 +98,8 @@ def attach_gradient(
     # (batch statistics, own modules), or just its activations (known connections).
     shared = gradient.jacobian_at == "rate" and (couples or not f.couples_samples)
     by_graph = shared and (couples or not f.is_known)
+    if shared and has_written_out_gradient(f):
+        return attach_written_out(rates, f, lambda j, g: solve_implicitly(j, g, False, True, solver, hooks))
     jacobian = None if shared else _jacobian(rates, f, gradient)
     # (as a leaf the point collects a gradient nobody reads: one product, the price of sharing the graph)
     point = rates.detach().requires_grad_(by_graph)
@@ -146,13 +149,21 @@ class _FixedPointGradient(torch.autograd.Function):
         jacobian, solver, coupled, hooks = ctx.solve
         if ctx.channels_last:  # as the slopes: every product would convert it
             cotangent = cotangent.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(cotangent.device.type, enabled=False):
-            solution = solve(LinearProblem(jacobian.rmatvec, cotangent, coupled, ctx.native), solver)
-        for hook in hooks:
-            hook(solution)
-        if solution.outcome is not Outcome.converged:
-            warn_about(solution.outcome, solver)
-        return solution.value, None, None, None, None, None, None
+        v = solve_implicitly(jacobian, cotangent, coupled, ctx.native, solver, hooks)
+        return v, None, None, None, None, None, None
+
+
+def solve_implicitly(
+    jacobian: Linearisation, g: Tensor, coupled: bool, native: bool, solver: Solver, hooks: tuple[SolveHook, ...]
+) -> Tensor:
+    """v with (I - J^T) v = g; tells the hooks, and everybody if it failed."""
+    with torch.autocast(g.device.type, enabled=False):
+        solution = solve(LinearProblem(jacobian.rmatvec, g, coupled, native), solver)
+    for hook in hooks:
+        hook(solution)
+    if solution.outcome is not Outcome.converged:
+        warn_about(solution.outcome, solver)
+    return solution.value
 
 
 def warn_about(outcome: Outcome, solver: Solver) -> None:

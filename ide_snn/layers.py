@@ -106,6 +106,8 @@ class Connection(nn.Module):
     @property
     def uses_batch_statistics(self) -> bool:
         """True where a training forward of f normalises by statistics of the batch."""
+        if self._operator is not None:  # then there is at most its own
+            return self.bn is not None and self.bn.training
         return any(isinstance(m, BatchNorm) and m.training for m in self.modules())
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -141,7 +143,7 @@ class Connection(nn.Module):
         """
         operator = self.operator
         if self.training:
-            update_constraints(self)
+            update_constraints(self.op, recurse=operator is None)
             if operator is None:
                 _advance_parametrizations(self.op)
         output = self.output_shape(shape)

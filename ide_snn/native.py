@@ -16,8 +16,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,8 +36,7 @@ FLAGS = (
     "-std=gnu11",
 )
 
-# Starting a thread, beside those of torch that still wait actively for work, costs what a few 100,000 numbers do.
-WORTH_A_THREAD = 1 << 20
+WORTH_THREADS = 1 << 16  # numbers: below, waking them costs more than they save
 
 
 class NativeUnavailable(RuntimeError):
@@ -81,31 +80,39 @@ def why_unavailable(name: str) -> str | None:
     return None
 
 
-def on_all_threads(call: Callable[[], None], elements: int) -> None:
-    """Runs `call`, which releases the interpreter's lock, on as many threads as torch uses; raises what one raised.
+def on_all_threads(kernel: Any, work: ctypes.Structure, elements: int) -> None:
+    """Runs `kernel(work)` of a library on as many threads as torch uses, those of torch itself where they can be had.
+
+    Threads of our own would share the processors with torch's, which wait actively for their next work.
 
     Args:
+        kernel: a C function of one pointer, whose callers share the work among them.
+        work: what it points to.
         elements: numbers that are read or written; few are left to the calling thread.
     """
-    if elements < WORTH_A_THREAD:
-        call()
+    threads, argument = torch.get_num_threads(), ctypes.byref(work)
+    if elements < WORTH_THREADS or threads == 1:
+        kernel(argument)
         return
-    errors: list[BaseException] = []
-
-    def guarded() -> None:
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    others = [threading.Thread(target=guarded, daemon=True) for _ in range(torch.get_num_threads() - 1)]
+    team = _torch_threads()
+    if team is not None:
+        team(ctypes.cast(kernel, ctypes.c_void_p), argument, ctypes.c_uint(threads), ctypes.c_uint(0))
+        return
+    others = [threading.Thread(target=kernel, args=(argument,), daemon=True) for _ in range(threads - 1)]
     for thread in others:
         thread.start()
-    guarded()
+    kernel(argument)
     for thread in others:
         thread.join()
-    if errors:
-        raise errors[0]
+
+
+@functools.cache
+def _torch_threads() -> Any:
+    """`GOMP_parallel(function, data, threads, flags)` of the OpenMP runtime that torch has loaded, or None."""
+    try:
+        return ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # another runtime, or a system without a global namespace
+        return None
 
 
 def _compiler() -> str:

@@ -25,12 +25,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from ide_snn.operators import Operator
@@ -84,7 +86,11 @@ class NormConstraint(nn.Module):
         return float((self.exact_norm(weight) / self.norm(weight.detach())).max()) - 1
 
     def forward(self, weight: Tensor) -> Tensor:
-        return (self.alpha.clamp(-self.bound, self.bound) / self.norm(weight)) * weight
+        return (self.clipped() / self.norm(weight)) * weight
+
+    def clipped(self) -> Tensor:
+        """clip(alpha, -c, c)."""
+        return self.alpha.clamp(-self.bound, self.bound)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to the constrained weight sets W; its length has no effect, alpha keeps the norm."""
@@ -181,8 +187,43 @@ class PowerIteration(NormConstraint):
             return (self.u.clone() * self.times(weight, self.v.clone())).sum()
 
 
+class _OfUnitNorm(torch.autograd.Function):
+    """alpha W / <u, M(W) v> for the matrix M(W) of W, its derivative written out.
+
+    With s = <u, M(W) v>, the cotangent G and p = <G, W> / s:  dL/dW = (alpha / s) (G - p u v^T),  dL/dalpha = p.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, alpha: Tensor, norm: SpectralMatrix) -> Tensor:
+        u, v = norm.u.clone(), norm.v.clone()  # a later update must not change them
+        s = torch.dot(u, norm.times(weight, v))
+        ctx.save_for_backward(weight, alpha, u, v, s)
+        ctx.like_weight = norm.like_weight
+        return weight * (alpha / s)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight, alpha, u, v, s = ctx.saved_tensors
+        p = (g * weight).sum() / s
+        scale, to_weight = alpha / s, None
+        if ctx.needs_input_grad[0]:
+            to_weight = torch.addcmul(ctx.like_weight(torch.outer(u * (-p * scale), v), weight), g, scale)
+        return to_weight, p if ctx.needs_input_grad[1] else None, None
+
+
 class SpectralMatrix(PowerIteration):
     """||W||_2 of W reshaped to (output channels, rest), the paper's norm."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            product: Tensor = _OfUnitNorm.apply(weight, self.clipped(), self)
+        return product
+
+    def like_weight(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        channel = self.operator.output_dim_of_weight
+        return matrix.view(weight.transpose(0, channel).shape).transpose(0, channel)
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.transpose(0, self.operator.output_dim_of_weight).flatten(1)
@@ -208,6 +249,9 @@ class SpectralMatrixFirstDim(SpectralMatrix):
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
+
+    def like_weight(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        return matrix.view(weight.shape)
 
 
 class SpectralOperator(PowerIteration):

@@ -51,6 +51,15 @@ typedef struct {
     float *count;    /* [B][size] or NULL: number of spikes */
 } Population;
 
+/* What a thread needs for itself, cut from memory that all share. */
+typedef struct {
+    int64_t threads;      /* that have taken theirs; starts at 0 */
+    int64_t size;         /* bytes of one thread */
+    int64_t accumulators; /* floats; then event channels [events], their values [events] and 4 * positions numbers */
+    int64_t events, positions;
+    char *memory;
+} Scratch;
+
 typedef struct {
     int32_t *channel; /* [positions * channels] channels of the events, position by position */
     float *value;     /* [positions * channels] their values; NULL for spikes */
@@ -59,6 +68,14 @@ typedef struct {
     int32_t *pairs;   /* [2 * positions + 2]: of one tap */
     int64_t active;   /* entries of `order` */
 } Events;
+
+static Events take_scratch(Scratch *s, float **acc) {
+    char *mine = s->memory + __atomic_fetch_add(&s->threads, 1, __ATOMIC_RELAXED) * s->size;
+    *acc = (float *)mine;
+    int32_t *channel = (int32_t *)(*acc + s->accumulators), *first = channel + 2 * s->events;
+    Events events = {channel, (float *)(channel + s->events), first, first + s->positions, first + 2 * s->positions, 0};
+    return events;
+}
 
 /* Notes the positions that have events: those of p end before event n. */
 static inline void close_position(Events *events, int64_t p, int32_t n) {
@@ -303,40 +320,90 @@ static void update(const Connection *k, const Population *q, int64_t sample, con
     }
 }
 
-/* `steps` time steps. connections[0] is the feedback, connections[i] leads from population i - 1 to i.
- * work: acc [largest out_positions * channels up to STRETCH], channel [largest input + 8], first, order, pairs [4 * (largest positions + 1)],
- * of this thread. */
-void simulate(const Connection *connections, const Population *populations, int64_t n, int64_t batch, int64_t steps,
-              const float *drive, float threshold, float leak, int64_t most, int64_t *next, float *acc,
-              int32_t *channel, int32_t *first) {
-    Events events = {channel, 0, first, first + most, first + 2 * most, 0};
-    for (int64_t sample; (sample = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < batch;)
-        for (int64_t t = 0; t < steps; t++)
-            for (int64_t i = 0; i < n; i++) {
-                const Connection *k = connections + i;
-                const Population *source = populations + (i ? i - 1 : n - 1);
+typedef struct {
+    const Connection *connections; /* the feedback, then from population i - 1 to i */
+    const Population *populations;
+    int64_t n, batch, steps;
+    int64_t next;                  /* sample to be taken by the next thread; starts at 0 */
+    const float *drive;            /* [B][size of population 0] */
+    double threshold, leak;
+    Scratch scratch;
+} Simulation;
+
+/* Advances the populations by `steps` time steps. */
+void simulate(Simulation *s) {
+    float *acc, threshold = (float)s->threshold, leak = (float)s->leak;
+    Events events = take_scratch(&s->scratch, &acc);
+    for (int64_t sample; (sample = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED)) < s->batch;)
+        for (int64_t t = 0; t < s->steps; t++)
+            for (int64_t i = 0; i < s->n; i++) {
+                const Connection *k = s->connections + i;
+                const Population *source = s->populations + (i ? i - 1 : s->n - 1);
                 collect_spikes(source->spikes + sample * source->size, k->in_positions, k->in_channels, &events);
-                update(k, populations + i, sample, &events, i ? 0 : drive, threshold, leak, acc);
+                update(k, s->populations + i, sample, &events, i ? 0 : s->drive, threshold, leak, acc);
             }
 }
 
-/* y = gain * (K (scale * x) + bias) for x, scale [B][in_positions][in_channels] with many zeros; scale may be NULL. */
-void product(const Connection *k, int64_t batch, const float *x, const float *scale, float *y, int64_t *next, float *acc,
-             int32_t *channel, float *value, int32_t *first) {
-    int64_t most = k->in_positions + 1;
-    Events events = {channel, value, first, first + most, first + 2 * most, 0};
+typedef struct {
+    const Connection *connection;
+    int64_t batch;
+    int64_t next;          /* sample to be taken by the next thread; starts at 0 */
+    const float *x, *scale; /* [B][in_positions][in_channels], with many zeros; scale may be NULL */
+    float *y;              /* [B][out_positions][out_channels] */
+    Scratch scratch;
+} Product;
+
+/* y = gain * (K (scale * x) + bias). */
+void product(Product *w) {
+    const Connection *k = w->connection;
+    float *acc;
+    Events events = take_scratch(&w->scratch, &acc);
     int64_t in = k->in_positions * k->in_channels, out = k->out_positions * k->out_channels;
-    for (int64_t sample; (sample = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < batch;) {
-        collect_values(x + sample * in, scale ? scale + sample * in : 0, k->in_positions, k->in_channels, &events);
+    for (int64_t sample; (sample = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->batch;) {
+        const float *scale = w->scale ? w->scale + sample * in : 0;
+        collect_values(w->x + sample * in, scale, k->in_positions, k->in_channels, &events);
         for (int64_t b = 0; b < k->blocks; b++) {
             respond(k, b, &events, 1, acc);
             int64_t c = b * k->block, n = k->out_channels - c < k->block ? k->out_channels - c : k->block;
             for (int64_t p = 0; p < k->out_positions; p++) {
                 int64_t at = sample * out + p * k->out_channels + c;
-                memcpy(y + at, acc + p * k->block, n * sizeof(float));
+                memcpy(w->y + at, acc + p * k->block, n * sizeof(float));
                 if (k->gain)
-                    for (int64_t j = 0; j < n; j++) y[at + j] *= k->gain[at + j];
+                    for (int64_t j = 0; j < n; j++) w->y[at + j] *= k->gain[at + j];
             }
         }
+    }
+}
+
+typedef struct {
+    int64_t size;
+    int64_t next;                         /* share to be taken by the next thread; starts at 0 */
+    float *response;                      /* [size] */
+    const float *gain, *drive;            /* [size] or NULL */
+    float *slope, *through;               /* [size]; the same where there is no gain */
+    double threshold;
+} Slopes;
+
+#define SHARE 8192 /* numbers that a thread takes at a time */
+
+/* z = (gain response + drive) / threshold: response becomes sigma(z), through sigma'(z) / threshold, slope that times
+ * the gain. */
+void slopes(Slopes *w) {
+    float threshold = (float)w->threshold, one = 1 / threshold;
+    for (int64_t i; (i = SHARE * __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->size;) {
+        int64_t n = w->size - i < SHARE ? w->size - i : SHARE;
+        float *restrict z = w->response + i, *restrict through = w->through + i;
+        if (w->gain)
+            for (int64_t j = 0; j < n; j++) z[j] *= w->gain[i + j];
+        if (w->drive)
+            for (int64_t j = 0; j < n; j++) z[j] += w->drive[i + j];
+        for (int64_t j = 0; j < n; j++) {
+            float a = z[j] / threshold;
+            through[j] = a >= 0 && a <= 1 ? one : 0;
+            a = a < 0 ? 0 : a; /* NaN stays NaN */
+            z[j] = a > 1 ? 1 : a;
+        }
+        if (w->gain)
+            for (int64_t j = 0; j < n; j++) w->slope[i + j] = through[j] * w->gain[i + j];
     }
 }

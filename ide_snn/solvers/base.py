@@ -251,7 +251,7 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
         if work.native:
             rhs, unit, norm = rescaled(work.rows(problem.rhs))
             scaled = Workspace(replace(problem, rhs=work.unrows(rhs)))
-            scaled.rhs_norm = _numbers(norm)
+            scaled.rhs_norm = norm
             unit = _per_group(unit, problem)
         else:
             unit = _unit(problem)
@@ -322,8 +322,8 @@ def _solve(work: Workspace, solver: Solver, y0: Tensor | None, keep_trace: bool)
 def _evaluate(work: Workspace, y: Tensor) -> tuple[Tensor, Array]:
     """The residual r [G, N] of the iterate y, and its relative norm [G]."""
     if work.native:
-        r, norm = residual_(work.rows(work.problem.start), y, work.matvec(y))
-        absolute, scale = _numbers(norm), work.rhs_norm
+        r, absolute = residual_(work.rows(work.problem.start), y, work.matvec(y))
+        scale = work.rhs_norm
     elif isinstance(work.problem, LinearProblem):
         r = work.rows(work.image(y)) - y
         absolute, scale = _numbers(r.norm(dim=1)), work.rhs_norm

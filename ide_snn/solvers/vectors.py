@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,19 +12,28 @@ from torch import Tensor
 
 from ide_snn import native
 
+Array = NDArray[np.float64]
 
-def rescaled(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+
+class _Work(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("groups", "n", "k", "m", "passes")),
+        *((name, ctypes.c_void_p) for name in ("b", "y", "image", "basis", "state", "unit", "norm")),
+        ("noise", ctypes.c_double),
+        ("padding", ctypes.c_int64 * 8),
+        ("next", ctypes.c_int64),
+    ]
+
+
+def rescaled(b: Tensor) -> tuple[Tensor, Tensor, Array]:
     """(b / unit [G, N], unit [G], ||b / unit|| [G]) of b [G, N]; the unit is a power of two near the largest |b|."""
-    scaled, unit, norm = torch.empty_like(b), torch.empty(len(b)), torch.empty(len(b))
-    _run("rescale", b, 1, *(_pointer(t) for t in (b, scaled, unit, norm)))
-    return scaled, unit, norm
+    scaled, unit = torch.empty_like(b), torch.empty(len(b))
+    return scaled, unit, _run("rescale", b, 1, b=b, y=scaled, unit=unit)
 
 
-def residual_(b: Tensor, y: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+def residual_(b: Tensor, y: Tensor, image: Tensor) -> tuple[Tensor, Array]:
     """(r = b + A y - y, ||r|| per group [G]) from `image` = A y, which r overwrites; all [G, N]."""
-    norm = torch.empty(len(image))
-    _run("residual", image, 1, *(_pointer(t) for t in (b, y, image, norm)))
-    return image, norm
+    return image, _run("residual", image, 1, b=b, y=y, image=image)
 
 
 class NativeKrylov:
@@ -31,9 +41,9 @@ class NativeKrylov:
 
     def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
         self.vectors = [r]
-        self._dimensions, self._passes, self._noise = dimensions, passes, noise
         self._state = np.empty(len(r) * (dimensions**2 + 3 * dimensions + 1))
-        _run("start", r, 1, _pointer(r), _pointer(self._state), ctypes.c_int64(dimensions))
+        self._settings = {"m": dimensions, "passes": passes, "noise": noise}
+        _run("start", r, 1, y=r, state=self._state, m=dimensions)
 
     @property
     def newest(self) -> Tensor:
@@ -43,51 +53,32 @@ class NativeKrylov:
     def size(self) -> int:
         return len(self.vectors) - 1
 
-    def extend(self, image: Tensor) -> NDArray[np.float64]:
-        predicted = np.empty(len(image), dtype=np.float32)
-        _run(
-            "extend",
-            image,
-            len(self.vectors),
-            *self._basis(len(self.vectors)),
-            _pointer(image),
-            _pointer(self._state),
-            ctypes.c_int64(self._dimensions),
-            ctypes.c_int64(self._passes),
-            ctypes.c_float(self._noise),
-            _pointer(predicted),
-        )
+    def extend(self, image: Tensor) -> Array:
+        predicted = self._run("extend", k=len(self.vectors), image=image)
         self.vectors.append(image)
-        return predicted.astype(np.float64)
+        return predicted
 
-    def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, NDArray[np.float64]]:
+    def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array]:
         y = torch.zeros_like(self.newest) if y is None else y.clone()
-        norm = np.empty(len(y), dtype=np.float32)
-        _run(
-            "finish",
-            y,
-            2 * self.size,
-            *self._basis(self.size),
-            _pointer(y),
-            _pointer(self._state),
-            ctypes.c_int64(self._dimensions),
-            _pointer(norm),
-        )
-        return y, self.newest, norm.astype(np.float64)
+        norm = self._run("finish", k=self.size, y=y)
+        return y, self.newest, norm
 
-    def _basis(self, size: int) -> tuple[ctypes.c_int64, ctypes.Array[ctypes.c_void_p]]:
-        """`size`, and the addresses of all vectors."""
-        pointers = (ctypes.c_void_p * len(self.vectors))(*(q.data_ptr() for q in self.vectors))
-        return ctypes.c_int64(size), pointers
+    def _run(self, name: str, *, k: int, **arrays: Tensor) -> Array:
+        basis = np.array([q.data_ptr() for q in self.vectors], dtype=np.uintp)
+        return _run(name, self.newest, 2 * k, k=k, basis=basis, state=self._state, **self._settings, **arrays)
 
 
-def _run(name: str, rows: Tensor, passes: int, *arguments: object) -> None:
-    """Calls a kernel for the groups of `rows` [G, N], over which it goes `passes` times."""
-    kernel = getattr(native.library("krylov"), name)
-    counter = ctypes.c_int64(0)
-    groups, n = (ctypes.c_int64(size) for size in rows.shape)
-    native.on_all_threads(lambda: kernel(groups, n, *arguments, ctypes.byref(counter)), passes * rows.numel())
+def _run(name: str, rows: Tensor, passes_over_memory: int, **fields: Any) -> Array:
+    """Calls a kernel for the groups of `rows` [G, N]; returns the norms [G] that it finds."""
+    norm = np.empty(len(rows), dtype=np.float32)
+    values = {key: _address(value) for key, value in {**fields, "norm": norm}.items()}
+    work = _Work(groups=rows.shape[0], n=rows.shape[1], **values)
+    native.on_all_threads(getattr(native.library("krylov"), name), work, passes_over_memory * rows.numel())
+    return norm.astype(np.float64)
 
 
-def _pointer(array: Tensor | NDArray[np.float32] | NDArray[np.float64]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.data_ptr() if isinstance(array, Tensor) else array.ctypes.data)
+def _address(value: object) -> object:
+    """The address of an array; a number as it is."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return value.ctypes.data if isinstance(value, np.ndarray) else value

@@ -1,0 +1,113 @@
+"""The implicit gradient of a known chain without batch norm, written out: no graph is built for it.
+
+With the cotangent g of the rates a, one application of f at a, z_i = (gain_i (K_i a_{i-1} + b_i) [+ Xbar]) / V_th with
+a_0 = a and a_i = sigma(z_i), gives all that the gradient needs:
+
+    slope_i = gain_i sigma'(z_i) / V_th                     of the products with J
+    (I - J^T) v = g                                         the solve
+    d_n = slope_n v,   d_{i-1} = slope_{i-1} K_i^T d_i      of the responses K_i a_{i-1} + b_i
+    dL/dK_i = d_i a_{i-1}^T,   dL/db_i = sum over samples and positions of d_i
+    dL/dXbar = sigma'(z_1) / V_th times what reaches population 1
+
+Source: Xiao et al., NeurIPS 2021, section 4.3. `ide_snn.implicit` does the same for any f by the chain rule of autograd.
+Event-driven paths only (float32 on a CPU).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ide_snn import event_driven, native
+from ide_snn.equilibrium import AnalyticLinearisation, EquilibriumMap
+from ide_snn.event_driven import empty_channels_last
+from ide_snn.layers import Affine
+from ide_snn.simulation import EVENT_PATHS
+
+Solve = Callable[[AnalyticLinearisation, Tensor], Tensor]
+
+
+def has_written_out_gradient(f: EquilibriumMap) -> bool:
+    """True where `attach_written_out` can take f."""
+    return f.path in EVENT_PATHS and all(link.connection.bn is None for link in f.chain)
+
+
+def attach_written_out(rates: Tensor, f: EquilibriumMap, solve: Solve) -> Tensor:
+    """A tensor with the value of `rates` and the gradient of f's fixed point in the drive and the chain's parameters.
+
+    Args:
+        rates: [B, *]; carry no graph.
+        f: see `has_written_out_gradient`.
+        solve: (J, g) -> v with (I - J^T) v = g.
+    """
+    parameters = [tensor for link in f.chain for tensor in (link.weight, link.bias)]
+    value: Tensor = _Chain.apply(f, solve, rates, f.drive, *parameters)
+    return value
+
+
+class _Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, f: EquilibriumMap, solve: Solve, rates: Tensor, drive: Tensor, *parameters: Tensor) -> Tensor:  # noqa: ARG004
+        if not any(ctx.needs_input_grad):
+            return rates.clone()
+        inputs, slopes, first = [rates], [], None
+        for number, link in enumerate(f.chain):
+            affine = link.frozen
+            assert isinstance(affine, Affine)  # event-driven paths have no others
+            response = event_driven.respond(affine, inputs[-1])
+            into = drive if number == 0 else None
+            activation, slope, through = _slopes(response, affine.gain, into, f.neuron.v_threshold)
+            inputs.append(activation)
+            slopes.append(slope)
+            first = through if number == 0 else first
+        ctx.f, ctx.solve, ctx.inputs = f, solve, inputs[:-1]
+        ctx.first, ctx.slopes = first, slopes
+        return rates.clone()  # a view would refuse in-place operations behind the block
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        f, needed = ctx.f, ctx.needs_input_grad[4:]
+        jacobian = f.linearise_with(ctx.slopes)
+        v = ctx.solve(jacobian, event_driven.channels_last(cotangent))
+        gradients: list[Tensor | None] = [None] * len(needed)
+        for number in reversed(range(len(f.chain))):
+            operator, x = f.chain[number].operator, ctx.inputs[number]
+            d = v * ctx.slopes[number]
+            if needed[2 * number]:
+                gradients[2 * number] = operator.weight_gradient(x, d)
+            if needed[2 * number + 1]:
+                gradients[2 * number + 1] = d.sum([axis for axis in range(d.dim()) if axis != 1])
+            if number:
+                v = jacobian.maps[number].adjoint(d)
+        return None, None, None, v * ctx.first if ctx.needs_input_grad[3] else None, *gradients
+
+
+class _Slopes(ctypes.Structure):
+    _fields_ = [
+        ("size", ctypes.c_int64),
+        ("next", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("response", "gain", "drive", "slope", "through")),
+        ("threshold", ctypes.c_double),
+    ]
+
+
+def _slopes(
+    response: Tensor, gain: Tensor | None, drive: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sigma(z), gain sigma'(z) / V_th, sigma'(z) / V_th) with z = (gain response + drive) / V_th.
+
+    sigma(z) overwrites the response; without a gain the last two are one tensor.
+    """
+    gain, drive = (None if t is None else event_driven.channels_last(t) for t in (gain, drive))
+    through = empty_channels_last(response.shape, response)
+    slope = through if gain is None else empty_channels_last(response.shape, response)
+    pointers = [None if t is None else t.data_ptr() for t in (response, gain, drive, slope, through)]
+    work = _Slopes(response.numel(), 0, *pointers, threshold)
+    native.on_all_threads(native.library("events").slopes, work, response.numel())
+    return response, slope, through
