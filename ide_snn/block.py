@@ -240,10 +240,9 @@ class FeedbackSNN(nn.Module):
         input_shape = tuple(x.shape[2 if self.input_has_time else 1 :])
         shapes = self.population_shapes(input_shape)
         like = self._state_like(x)
+        native = self.precision != "float32" and like.device.type == "cpu"
         links = [
-            connection.prepare(
-                shape, like, generator, channels_last=self.precision != "float32" and like.device.type == "cpu"
-            )
+            connection.prepare(shape, like, generator, native=native)
             for connection, shape in zip((self.input, *self.layers, self.feedback), (input_shape, *shapes), strict=True)
         ]
         return _Moment.of(self, x, links, shapes, like.dtype)

@@ -8,6 +8,7 @@ of `bernoulli_`; p is therefore a multiple of 2^-16, and the gain is that of the
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ide_snn.distributed import Share
+from ide_snn.native import library, on_all_threads, why_unavailable
 
 __all__ = ["DropoutStream", "VariationalDropout"]
 
@@ -51,11 +53,12 @@ class VariationalDropout(nn.Module):
     def _dropped(self) -> int:
         return min(round(self.p * LEVELS), LEVELS - 1)
 
-    def draw(self, like: Tensor, generator: Generator | None = None) -> Tensor | None:
+    def draw(self, like: Tensor, generator: Generator | None = None, *, native: bool = False) -> Tensor | None:
         """Gain in {0, 1 / keep} of the shape [B, *], type, device and layout of `like`; None where it would be 1.
 
         It is drawn from `generator`, else from the stream of a training run (`DropoutStream`), else from torch's
         global one. Elements are drawn sample by sample, a channels-last sample [H, W, C] in its order in memory.
+        `native` may use a compiled kernel (float32 on a CPU), with the same result.
 
         Raises:
             ValueError: from a stream, if B is not what it serves.
@@ -72,8 +75,12 @@ class VariationalDropout(nn.Module):
             bits = stream.draw(index, numbers, like.device)
         else:
             bits = _random(numbers, like.device, generator)
-        mask = bits.view(torch.int16)[:, :size] >= self._dropped - LEVELS // 2
-        gain = torch.empty_like(like).copy_(mask.view(like.shape)).mul_(1 / self.keep)
+        gain, first = torch.empty_like(like), self._dropped - LEVELS // 2  # the first number that keeps its element
+        if native and why_unavailable("elementwise") is None:
+            _fill(gain, bits, size, first, 1 / self.keep)
+        else:
+            mask = bits.view(torch.int16)[:, :size] >= first
+            gain.copy_(mask.view(like.shape)).mul_(1 / self.keep)
         return gain.permute(0, 3, 1, 2) if channels_last else gain
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,6 +167,22 @@ class DropoutStream:
                 generator = self._generators[index] = Generator(device)
             self._begun[index] = generator.manual_seed(self._seeds[index])
         return self._begun[index]
+
+
+class _Gains(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("samples", "size", "stride", "next")),
+        *((name, ctypes.c_void_p) for name in ("bits", "gain")),
+        ("first", ctypes.c_int64),
+        ("kept", ctypes.c_double),
+    ]
+
+
+def _fill(gain: Tensor, bits: Tensor, size: int, first: int, kept: float) -> None:
+    """gain [B, *] of `size` elements each = kept where the 16-bit number in `bits` [B, n] is >= first, else 0."""
+    stride = bits.stride(0) * PIECES
+    work = _Gains(len(gain), size, stride, 0, bits.data_ptr(), gain.data_ptr(), first, kept)
+    on_all_threads(library("elementwise").gains, work, gain.numel())
 
 
 def _random(size: tuple[int, int], device: torch.device, generator: Generator | None) -> Tensor:

@@ -31,6 +31,7 @@ from ide_snn import native
 from ide_snn.layers import Affine
 from ide_snn.neurons import NeuronParams
 from ide_snn.operators import Operator
+from ide_snn.reach import Reach
 
 LANES, STRETCH = 16, 512  # of csrc/events.c
 MAX_BLOCK = 64  # output channels whose sums fit the registers; LANES of a linear map, whose rows then fit the cache
@@ -39,48 +40,6 @@ LEVEL_LANES, LEVEL_BLOCK = 32, 128  # of weights in whole units
 LEVELS = 32767  # largest sum of them
 MOST_INPUTS = 16384  # of an output, so that rounding each weight takes no more than a quarter of the levels
 SPARSE = 0.5  # share of numbers that are not 0 up to which a walk over them is faster than a dense convolution
-
-
-@dataclass(frozen=True)
-class Reach:
-    """Where the events at each input position go: target [taps, in_positions] is the output position or -1."""
-
-    in_positions: int
-    out_positions: int
-    taps: int
-    target: np.ndarray
-
-    @classmethod
-    @functools.lru_cache(maxsize=64)
-    def of(cls, operator: Operator, input_shape: tuple[int, ...], *, adjoint: bool = False) -> Reach:
-        """Of K, or of K^T, on inputs of K of `input_shape` [C, H, W] or [C]."""
-        out_shape = operator.output_shape(input_shape)
-        source, tap, target = _pairs(operator, input_shape[1:], out_shape[1:])
-        sizes = int(np.prod(input_shape[1:], dtype=int)), int(np.prod(out_shape[1:], dtype=int))
-        if adjoint:
-            source, target, sizes = target, source, sizes[::-1]
-        taps = operator.kernel_size[0] * operator.kernel_size[1]
-        table = np.full((taps, sizes[0]), -1, dtype=np.int32)
-        table[tap, source] = target  # for each tap and source there is one target
-        return cls(*sizes, taps, table)
-
-
-def _pairs(
-    operator: Operator, input_size: tuple[int, ...], output_size: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All (input position, tap, output position) that K connects."""
-    if operator.kind == "linear":
-        zero = np.zeros(1, dtype=int)
-        return zero, zero, zero
-    # a transposed convolution leads where the convolution comes from
-    near, far = (output_size, input_size) if operator.kind == "conv" else (input_size, output_size)
-    y, x, ky, kx = np.indices((*near, *operator.kernel_size)).reshape(4, -1)
-    fy = y * operator.stride[0] - operator.padding[0] + ky * operator.dilation[0]
-    fx = x * operator.stride[1] - operator.padding[1] + kx * operator.dilation[1]
-    inside = (fy >= 0) & (fy < far[0]) & (fx >= 0) & (fx < far[1])
-    here, there = (y * near[1] + x)[inside], (fy * far[1] + fx)[inside]
-    tap = (ky * operator.kernel_size[1] + kx)[inside]
-    return (there, tap, here) if operator.kind == "conv" else (here, tap, there)
 
 
 class _Connection(ctypes.Structure):
@@ -93,6 +52,23 @@ class _Connection(ctypes.Structure):
 
 class _Population(ctypes.Structure):
     _fields_ = [("size", ctypes.c_int64), *((n, ctypes.c_void_p) for n in ("u", "spikes", "weighted", "count"))]
+
+
+class _Pack(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("taps", "in_channels", "out_channels", "in_stride", "out_stride")),
+        *((name, ctypes.c_int64) for name in ("block", "blocks", "next")),
+        *((name, ctypes.c_void_p) for name in ("weight", "packed", "levels", "unit")),
+        ("largest", ctypes.c_int64),
+    ]
+
+
+class _Rate(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("samples", "size", "populations", "next")),
+        *((name, ctypes.c_void_p) for name in ("membrane", "sizes", "weighted", "rate")),
+        ("total", ctypes.c_double),
+    ]
 
 
 class _Scratch(ctypes.Structure):
@@ -132,7 +108,7 @@ class _Product(ctypes.Structure):
 def why_not(maps: Sequence[object]) -> str | None:
     """None where the event-driven kernels can take all of `maps`, else the reason."""
     reasons = (_why_not(affine) for affine in maps)
-    unavailable = (native.why_unavailable(name) for name in ("events", "krylov"))
+    unavailable = (native.why_unavailable(name) for name in ("events", "krylov", "elementwise"))
     return next((reason for reason in (*reasons, *unavailable) if reason), None)
 
 
@@ -152,7 +128,7 @@ def _why_not(affine: object) -> str | None:
 
 def why_not_in_levels(maps: Sequence[object]) -> str | None:
     """None where the weights of all of `maps`, that the kernels can take, can be in whole units, else the reason."""
-    most = max((affine.weight.numel() // affine.operator.out_channels for affine in maps if isinstance(affine, Affine)))
+    most = max(affine.weight.numel() // affine.operator.out_channels for affine in maps if isinstance(affine, Affine))
     return None if most <= MOST_INPUTS else f"sums of {most} weights need more than 16 bits"
 
 
@@ -177,11 +153,11 @@ class EventConnection:
         lanes, most = (LEVEL_LANES, LEVEL_BLOCK) if levels else (LANES, MAX_BLOCK)
         self.blocks = -(-self.out_channels // (lanes if self.is_linear else most))
         self.block = -(-self.out_channels // self.blocks // lanes) * lanes
-        self.at_once = min(self.blocks, STRETCH // self.block) * self.block  # channels summed before neurons are updated
-        self.unit = None
-        if levels:
-            self.unit = affine.weight.new_ones(self.blocks * self.block)
-            self.unit[: self.out_channels] = unit_of(operator, affine.weight)
+        self.at_once = (
+            min(self.blocks, STRETCH // self.block) * self.block
+        )  # channels summed before neurons are updated
+        # The unit of an output channel is so large that 16 bits hold the sum of any of its weights, each rounded.
+        self.unit = affine.weight.new_empty(self.blocks * self.block) if levels else None
         self.weight = self._packed(affine.weight, inputs_first=(operator.kind == "conv_transposed") != adjoint)
         self.bias = None if adjoint or affine.bias is None else affine.bias.contiguous()
         self.gain = None if adjoint or affine.gain is None else channels_last(affine.gain)
@@ -190,15 +166,15 @@ class EventConnection:
         """`weight` [out, in, taps], or [in, out, taps] with `inputs_first`, as the kernels read it."""
         weight, taps = weight.contiguous(), self.reach.taps
         strides = (self.out_channels * taps, taps) if inputs_first else (taps, self.in_channels * taps)
-        sizes = (taps, self.in_channels, self.out_channels, *strides, self.block, self.blocks)
-        numbers = (_address(weight), *(ctypes.c_int64(size) for size in sizes))
-        kernels, shape = native.library("events"), (self.blocks, taps, self.in_channels, self.block)
-        if self.unit is None:
-            packed = weight.new_empty(shape)
-            kernels.pack(*numbers, _address(packed))
-        else:
-            packed, per_unit = weight.new_empty(shape, dtype=torch.int16), self.unit.reciprocal()
-            kernels.pack_levels(*numbers, _address(per_unit), _address(packed))
+        dtype = weight.dtype if self.unit is None else torch.int16
+        packed = weight.new_empty(self.blocks, taps, self.in_channels, self.block, dtype=dtype)
+        targets = (packed, None, None) if self.unit is None else (None, packed, self.unit)
+        work = _Pack(
+            *(taps, self.in_channels, self.out_channels, *strides, self.block, self.blocks, 0),
+            *(_pointer(tensor) for tensor in (weight, *targets)),
+            LEVELS,
+        )
+        native.on_all_threads(native.library("events").pack, work, packed.numel())
         return packed
 
     def as_struct(self, reach: Reach, part: slice) -> _Connection:
@@ -242,18 +218,6 @@ class EventConnection:
         scratch, _memory = _Scratch.of(reach.out_positions * self.block, events, reach.in_positions)
         work = _Product(ctypes.addressof(struct), items, 0, *(_pointer(t) for t in (x, scale, y)), scratch)
         native.on_all_threads(native.library("events").product, work, reach.taps * (x.numel() + y.numel()))
-
-
-def unit_of(operator: Operator, weight: Tensor) -> Tensor:
-    """The unit of every output channel [out], so large that 16 bits hold the sum of any of its weights, each rounded.
-
-    With P the sum of the channel's positive weights and N that of the others, n of them, the largest sum in units is at
-    most max(P, -N) / unit + n / 2 <= 32767.
-    """
-    rows = weight.transpose(0, operator.output_dim_of_weight).flatten(1)
-    reach = (rows.abs().sum(1) + rows.sum(1).abs()) / 2  # max(P, -N)
-    unit = reach * (1.0001 / (LEVELS - rows.shape[1] / 2))  # float32 sums may be too small by their rounding
-    return torch.where(unit == 0, 1.0, unit)
 
 
 def connect(affine: object, *, levels: bool = False) -> EventConnection:
@@ -380,6 +344,22 @@ def _advance(
     native.on_all_threads(native.library("events").simulate, work, steps * sum(state.u.numel() for state in states))
 
 
+def weighted_rate(states: Sequence[State], total: float) -> Tensor:
+    """`weighted` of the last population / total, NaN in samples where a membrane of any is NaN or infinite."""
+    weighted = states[-1].weighted
+    assert weighted is not None  # the rate that every simulation measures
+    result, samples = torch.empty_like(weighted), max(len(weighted), 1)
+    membranes = np.array([state.u.data_ptr() for state in states], dtype=np.uintp)
+    sizes = np.array([state.u.numel() // samples for state in states], dtype=np.int64)
+    work = _Rate(
+        *(len(weighted), weighted.numel() // samples, len(states), 0),
+        *(membranes.ctypes.data, sizes.ctypes.data, weighted.data_ptr(), result.data_ptr()),
+        total,
+    )
+    native.on_all_threads(native.library("elementwise").rate, work, weighted.numel() + sum(s.u.numel() for s in states))
+    return result
+
+
 def _parts(batch: int, connections: Sequence[EventConnection]) -> Iterator[tuple[slice, int, tuple[Reach, ...]]]:
     """(samples, items that a thread takes one by one, where the events of an item go, per connection)."""
     if not all(connection.is_linear for connection in connections):
@@ -416,7 +396,3 @@ def empty_channels_last(shape: Sequence[int], like: Tensor, dtype: torch.dtype |
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _address(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(_pointer(tensor))

@@ -131,7 +131,7 @@ class Connection(nn.Module):
         like: Tensor,
         generator: torch.Generator | None = None,
         *,
-        channels_last: bool = False,
+        native: bool = False,
     ) -> FixedConnection:
         """Fixes this connection for one forward: advances its constraints, computes its weight, draws its gain.
 
@@ -139,7 +139,7 @@ class Connection(nn.Module):
             shape: of the input, without the batch.
             like: a tensor [B, *] of the state's dtype and device; only B, dtype and device are read.
             generator: for the dropout gain.
-            channels_last: memory layout of the gain of a convolution.
+            native: prepare for compiled kernels: gains of convolutions are channels-last, and drawn by one.
         """
         operator = self.operator
         if self.training:
@@ -147,9 +147,9 @@ class Connection(nn.Module):
             if operator is None:
                 _advance_parametrizations(self.op)
         output = self.output_shape(shape)
-        layout = torch.channels_last if channels_last and len(output) == 3 else torch.contiguous_format
+        layout = torch.channels_last if native and len(output) == 3 else torch.contiguous_format
         template = torch.empty(len(like), *output, dtype=like.dtype, device=like.device, memory_format=layout)
-        gain = self.dropout.draw(template, generator)
+        gain = self.dropout.draw(template, generator, native=native and like.dtype == torch.float32)
         weight = None if operator is None else self.op.weight
         bias = None if operator is None else self.op.bias
         return FixedConnection(self, operator, weight, bias, gain, shape, output)  # type: ignore[arg-type]

@@ -144,8 +144,7 @@ class PowerIteration(NormConstraint):
     @torch.no_grad()
     def update(self, weight: Tensor) -> None:
         with torch.autocast(weight.device.type, enabled=False):
-            u = _unit(self.times(weight, self.v))
-            self.v.copy_(_unit(self.adjoint_times(weight, u)))
+            self.v.copy_(_unit(self.adjoint_times(weight, self.times(weight, self.v))))
             self.u.copy_(_unit(self.times(weight, self.v)))
 
     @torch.no_grad()

@@ -99,6 +99,7 @@ class _Population:
                 return event_driven.empty_channels_last(shape, like, dtype).zero_()
             return torch.zeros(shape, dtype=dtype, device=like.device)
 
+        self.path = path
         self.u, self.spikes = zeros(), zeros(torch.uint8 if path in EVENT_PATHS else like.dtype)
         # For IF both accumulators are the spike count: one is enough.
         self.weighted = zeros() if rate or (count and leak == 1) else None
@@ -157,7 +158,7 @@ def simulate(
             for the neurons and their accumulators (`ide_snn.kernels`), with the same rounding; `advance` is not used.
             "events" walks over the spikes (`ide_snn.event_driven`, float32 on a CPU, where `why_not` is None); the
             sums are the same in another order. "events16" does so with weights in 16-bit multiples of a unit per output
-            channel (`event_driven.unit_of`).
+            channel, whose sums are exact.
 
     Nothing passed in is modified.
     """
@@ -307,6 +308,8 @@ def _measure(
 
 def _last_rate(populations: Sequence[_Population], neuron: NeuronParams, time_steps: int) -> Tensor:
     """The last population's weighted rate after `time_steps` steps."""
+    if populations[-1].path in EVENT_PATHS:
+        return event_driven.weighted_rate(populations, neuron.total_weight(time_steps))
     # A membrane that is NaN never fires, which would look like silence: the whole sample's rates become NaN instead.
     poison = torch.stack([(p.u * 0).sum(list(range(1, p.u.dim()))) for p in populations]).sum(0)
     last = populations[-1]

@@ -13,6 +13,7 @@ PACKAGE = PROJECT / "ide_snn"
 # From the bottom up; a module may import those before it.
 LAYERS = [
     "distributed",
+    "native",
     "neurons",
     "kernels",
     "graphs",
@@ -20,6 +21,7 @@ LAYERS = [
     "encoding",
     "dsr",
     "operators",
+    "reach",
     "spiking",
     "dropout",
     "optimizations",
@@ -27,11 +29,11 @@ LAYERS = [
     "normalization",
     "layers",
     "links",
-    "native",
     "event_driven",
     "simulation",
     "precision",
     "equilibrium",
+    "chain",
     "bptt",
     "implicit",
     "block",

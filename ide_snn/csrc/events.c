@@ -30,6 +30,7 @@
 #define WIDTH 4
 #endif
 typedef float Lanes __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int16_t Levels __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
 
 typedef struct {
@@ -230,6 +231,48 @@ static void respond(const Connection *k, int64_t b, const Events *events, int we
     }
 }
 
+typedef struct {
+    int64_t taps, in_channels, out_channels;
+    int64_t in_stride, out_stride; /* of the weight; taps are contiguous */
+    int64_t block, blocks, next;   /* next: block to be taken by the next thread; starts at 0 */
+    const float *weight;
+    float *packed;                 /* [blocks][taps][in_channels][block], zero behind out_channels; or */
+    int16_t *levels;               /* the same in whole units */
+    float *unit;                   /* [blocks * block], what the levels are multiples of; 1 where all are 0 */
+    int64_t largest;               /* sum that a unit leaves room for */
+} Pack;
+
+/* Adds |x| and x up; one sum of each would wait for each addition. */
+static void add_up(const float *x, int64_t n, double *absolute, double *plain) {
+    Lanes both[2][SUMS] = {0};
+    int64_t i = 0;
+    for (; i + SUMS * WIDTH <= n; i += SUMS * WIDTH)
+        for (int q = 0; q < SUMS; q++) {
+            Lanes own = *(const Lanes *)(x + i + q * WIDTH);
+            both[0][q] += (Lanes)((Bits)own & 0x7fffffff); /* without the sign */
+            both[1][q] += own;
+        }
+    for (int q = 0; q < SUMS; q++)
+        for (int j = 0; j < WIDTH; j++) {
+            *absolute += both[0][q][j];
+            *plain += both[1][q][j];
+        }
+    for (; i < n; i++) {
+        *absolute += fabsf(x[i]);
+        *plain += x[i];
+    }
+}
+
+/* The unit of an output channel: with P the sum of its positive weights and N that of the others, n of them, the largest
+ * sum of rounded weights is at most max(P, -N) / unit + n / 2. */
+static float unit_of(const Pack *w, const float *from) {
+    double absolute = 0, plain = 0;
+    int64_t runs = w->in_stride == w->taps ? 1 : w->in_channels, n = w->taps * w->in_channels;
+    for (int64_t c = 0; c < runs; c++) add_up(from + c * w->in_stride, n / runs, &absolute, &plain);
+    double unit = (absolute + fabs(plain)) / 2 * 1.0001 / (w->largest - 0.5 * n); /* the sums are in float32 */
+    return unit == 0 ? 1 : (float)unit;
+}
+
 /* to[c * block] = from[c * stride] in whole units, for n input channels. */
 static inline __attribute__((always_inline)) void pack_row(const float *from, int64_t n, int64_t stride, float per_unit,
                                                            int16_t *to, int64_t block) {
@@ -241,32 +284,36 @@ static inline __attribute__((always_inline)) void pack_row(const float *from, in
     }
 }
 
-/* packed [blocks][taps][in_channels][block] of a contiguous weight with these strides; zero behind out_channels. */
-void pack(const float *weight, int64_t taps, int64_t in_channels, int64_t out_channels, int64_t in_stride,
-          int64_t out_stride, int64_t block, int64_t blocks, float *packed) {
-    for (int64_t b = 0; b < blocks; b++) {
-        int64_t first = b * block, n = out_channels - first < block ? out_channels - first : block;
-        for (int64_t tap = 0; tap < taps; tap++)
-            for (int64_t c = 0; c < in_channels; c++, packed += block) {
-                const float *w = weight + tap + c * in_stride + first * out_stride;
-                for (int64_t j = 0; j < n; j++) packed[j] = w[j * out_stride];
-                for (int64_t j = n; j < block; j++) packed[j] = 0;
-            }
+static void pack_levels(const Pack *w, int64_t b, const float *from, int64_t n) {
+    int16_t *to = w->levels + b * w->taps * w->in_channels * w->block;
+    memset(to, 0, w->taps * w->in_channels * w->block * sizeof(int16_t));
+    for (int64_t j = 0; j < w->block; j++, to++, from += w->out_stride) {
+        w->unit[b * w->block + j] = j < n ? unit_of(w, from) : 1;
+        if (j >= n) continue;
+        float per_unit = 1 / w->unit[b * w->block + j];
+        if (w->in_stride == 1) /* then there is one tap, and the compiler sees that the row is contiguous */
+            pack_row(from, w->in_channels, 1, per_unit, to, w->block);
+        else
+            for (int64_t tap = 0; tap < w->taps; tap++)
+                pack_row(from + tap, w->in_channels, w->in_stride, per_unit, to + tap * w->in_channels * w->block, w->block);
     }
 }
 
-/* The same in whole units of 1 / per_unit[output channel], rounded. */
-void pack_levels(const float *weight, int64_t taps, int64_t in_channels, int64_t out_channels, int64_t in_stride,
-                 int64_t out_stride, int64_t block, int64_t blocks, const float *per_unit, int16_t *packed) {
-    memset(packed, 0, blocks * taps * in_channels * block * sizeof(int16_t));
-    for (int64_t j = 0; j < out_channels; j++) {
-        int16_t *to = packed + (j / block * taps * in_channels) * block + j % block;
-        const float *from = weight + j * out_stride;
-        if (in_stride == 1) /* then there is one tap, and the compiler sees that the row is contiguous */
-            pack_row(from, in_channels, 1, per_unit[j], to, block);
-        else
-            for (int64_t tap = 0; tap < taps; tap++)
-                pack_row(from + tap, in_channels, in_stride, per_unit[j], to + tap * in_channels * block, block);
+void pack(Pack *w) {
+    for (int64_t b; (b = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->blocks;) {
+        int64_t first = b * w->block, n = w->out_channels - first < w->block ? w->out_channels - first : w->block;
+        const float *from = w->weight + first * w->out_stride;
+        if (w->levels) {
+            pack_levels(w, b, from, n);
+            continue;
+        }
+        float *to = w->packed + b * w->taps * w->in_channels * w->block;
+        for (int64_t tap = 0; tap < w->taps; tap++)
+            for (int64_t c = 0; c < w->in_channels; c++, to += w->block) {
+                const float *own = from + tap + c * w->in_stride;
+                for (int64_t j = 0; j < n; j++) to[j] = own[j * w->out_stride];
+                for (int64_t j = n; j < w->block; j++) to[j] = 0;
+            }
     }
 }
 
@@ -372,38 +419,5 @@ void product(Product *w) {
                     for (int64_t j = 0; j < n; j++) w->y[at + j] *= k->gain[at + j];
             }
         }
-    }
-}
-
-typedef struct {
-    int64_t size;
-    int64_t next;                         /* share to be taken by the next thread; starts at 0 */
-    float *response;                      /* [size] */
-    const float *gain, *drive;            /* [size] or NULL */
-    float *slope, *through;               /* [size]; the same where there is no gain */
-    double threshold;
-} Slopes;
-
-#define SHARE 8192 /* numbers that a thread takes at a time */
-
-/* z = (gain response + drive) / threshold: response becomes sigma(z), through sigma'(z) / threshold, slope that times
- * the gain. */
-void slopes(Slopes *w) {
-    float threshold = (float)w->threshold, one = 1 / threshold;
-    for (int64_t i; (i = SHARE * __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->size;) {
-        int64_t n = w->size - i < SHARE ? w->size - i : SHARE;
-        float *restrict z = w->response + i, *restrict through = w->through + i;
-        if (w->gain)
-            for (int64_t j = 0; j < n; j++) z[j] *= w->gain[i + j];
-        if (w->drive)
-            for (int64_t j = 0; j < n; j++) z[j] += w->drive[i + j];
-        for (int64_t j = 0; j < n; j++) {
-            float a = z[j] / threshold;
-            through[j] = a >= 0 && a <= 1 ? one : 0;
-            a = a < 0 ? 0 : a; /* NaN stays NaN */
-            z[j] = a > 1 ? 1 : a;
-        }
-        if (w->gain)
-            for (int64_t j = 0; j < n; j++) w->slope[i + j] = through[j] * w->gain[i + j];
     }
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +27,12 @@ class _Work(ctypes.Structure):
 def rescaled(b: Tensor) -> tuple[Tensor, Tensor, Array]:
     """(b / unit [G, N], unit [G], ||b / unit|| [G]) of b [G, N]; the unit is a power of two near the largest |b|."""
     scaled, unit = torch.empty_like(b), torch.empty(len(b))
-    return scaled, unit, _run("rescale", b, 1, b=b, y=scaled, unit=unit)
+    return scaled, unit, _once("rescale", b, b=b, y=scaled, unit=unit)
 
 
 def residual_(b: Tensor, y: Tensor, image: Tensor) -> tuple[Tensor, Array]:
     """(r = b + A y - y, ||r|| per group [G]) from `image` = A y, which r overwrites; all [G, N]."""
-    return image, _run("residual", image, 1, b=b, y=y, image=image)
+    return image, _once("residual", image, b=b, y=y, image=image)
 
 
 class NativeKrylov:
@@ -42,8 +41,20 @@ class NativeKrylov:
     def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
         self.vectors = [r]
         self._state = np.empty(len(r) * (dimensions**2 + 3 * dimensions + 1))
-        self._settings = {"m": dimensions, "passes": passes, "noise": noise}
-        _run("start", r, 1, y=r, state=self._state, m=dimensions)
+        self._basis = np.array([r.data_ptr()] + [0] * dimensions, dtype=np.uintp)
+        self._norm = np.empty(len(r), dtype=np.float32)
+        self._work = _Work(
+            groups=r.shape[0],
+            n=r.shape[1],
+            m=dimensions,
+            passes=passes,
+            noise=noise,
+            y=r.data_ptr(),
+            basis=self._basis.ctypes.data,
+            state=self._state.ctypes.data,
+            norm=self._norm.ctypes.data,
+        )
+        _call("start", self._work, 1)
 
     @property
     def newest(self) -> Tensor:
@@ -54,31 +65,27 @@ class NativeKrylov:
         return len(self.vectors) - 1
 
     def extend(self, image: Tensor) -> Array:
-        predicted = self._run("extend", k=len(self.vectors), image=image)
+        k = self._work.k = len(self.vectors)
+        self._work.image = self._basis[k] = image.data_ptr()
         self.vectors.append(image)
-        return predicted
+        _call("extend", self._work, 2 * k)
+        return self._norm.astype(np.float64)
 
     def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array]:
         y = torch.zeros_like(self.newest) if y is None else y.clone()
-        norm = self._run("finish", k=self.size, y=y)
-        return y, self.newest, norm
-
-    def _run(self, name: str, *, k: int, **arrays: Tensor) -> Array:
-        basis = np.array([q.data_ptr() for q in self.vectors], dtype=np.uintp)
-        return _run(name, self.newest, 2 * k, k=k, basis=basis, state=self._state, **self._settings, **arrays)
+        self._work.y = y.data_ptr()
+        _call("finish", self._work, 2 * self.size)
+        return y, self.newest, self._norm.astype(np.float64)
 
 
-def _run(name: str, rows: Tensor, passes_over_memory: int, **fields: Any) -> Array:
+def _once(name: str, rows: Tensor, **tensors: Tensor) -> Array:
     """Calls a kernel for the groups of `rows` [G, N]; returns the norms [G] that it finds."""
     norm = np.empty(len(rows), dtype=np.float32)
-    values = {key: _address(value) for key, value in {**fields, "norm": norm}.items()}
-    work = _Work(groups=rows.shape[0], n=rows.shape[1], **values)
-    native.on_all_threads(getattr(native.library("krylov"), name), work, passes_over_memory * rows.numel())
+    pointers = {key: tensor.data_ptr() for key, tensor in tensors.items()}
+    _call(name, _Work(groups=rows.shape[0], n=rows.shape[1], norm=norm.ctypes.data, **pointers), 1)
     return norm.astype(np.float64)
 
 
-def _address(value: object) -> object:
-    """The address of an array; a number as it is."""
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    return value.ctypes.data if isinstance(value, np.ndarray) else value
+def _call(name: str, work: _Work, passes_over_memory: int) -> None:
+    work.next = 0
+    native.on_all_threads(getattr(native.library("krylov"), name), work, passes_over_memory * work.groups * work.n)

@@ -1,0 +1,93 @@
+/* Operations on each number of tensors in float32, one pass over memory, with the rounding of the torch operations they
+ * replace. Threads take shares of the numbers, or samples, from a shared counter. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define SHARE 8192 /* numbers that a thread takes at a time */
+
+typedef struct {
+    int64_t size;
+    int64_t next;           /* share to be taken by the next thread; starts at 0 */
+    float *response;        /* [size] */
+    const float *gain, *drive; /* [size] or NULL */
+    float *slope, *through; /* [size]; the same where there is no gain */
+    double threshold;
+} Slopes;
+
+/* z = (gain response + drive) / threshold: response becomes sigma(z), through sigma'(z) / threshold, slope that times
+ * the gain. */
+void slopes(Slopes *w) {
+    float threshold = (float)w->threshold, one = 1 / threshold;
+    for (int64_t i; (i = SHARE * __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->size;) {
+        int64_t n = w->size - i < SHARE ? w->size - i : SHARE;
+        float *restrict z = w->response + i, *restrict through = w->through + i;
+        if (w->gain)
+            for (int64_t j = 0; j < n; j++) z[j] *= w->gain[i + j];
+        if (w->drive)
+            for (int64_t j = 0; j < n; j++) z[j] += w->drive[i + j];
+        for (int64_t j = 0; j < n; j++) {
+            float a = z[j] / threshold;
+            through[j] = a >= 0 && a <= 1 ? one : 0;
+            a = a < 0 ? 0 : a; /* NaN stays NaN */
+            z[j] = a > 1 ? 1 : a;
+        }
+        if (w->gain)
+            for (int64_t j = 0; j < n; j++) w->slope[i + j] = through[j] * w->gain[i + j];
+    }
+}
+
+typedef struct {
+    int64_t samples, size;
+    int64_t stride;       /* of a sample in `bits` */
+    int64_t next;         /* sample to be taken by the next thread; starts at 0 */
+    const int16_t *bits;
+    float *gain;          /* [samples][size] */
+    int64_t first;        /* number from which on an element is kept */
+    double kept;
+} Gains;
+
+/* gain = kept where a random number of 16 bits is at least `first`, else 0. */
+void gains(Gains *w) {
+    int64_t some = SHARE / (w->size + 1) + 1;
+    for (int64_t b; (b = some * __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->samples;)
+        for (int64_t sample = b; sample < b + some && sample < w->samples; sample++) {
+            const int16_t *bits = w->bits + sample * w->stride, first = (int16_t)w->first;
+            float *gain = w->gain + sample * w->size, kept = (float)w->kept;
+            for (int64_t i = 0; i < w->size; i++) gain[i] = bits[i] >= first ? kept : 0;
+        }
+}
+
+typedef struct {
+    int64_t samples, size, populations;
+    int64_t next;                 /* sample to be taken by the next thread; starts at 0 */
+    const float *const *membrane; /* of each population, [samples][its size] */
+    const int64_t *sizes;
+    const float *weighted;        /* [samples][size] of the last population */
+    float *rate;                  /* [samples][size] */
+    double total;
+} Rate;
+
+/* rate = weighted / total, NaN in a sample where a membrane is NaN or infinite. */
+void rate(Rate *w) {
+    int64_t some = SHARE / (w->size + 1) + 1;
+    float total = (float)w->total;
+    for (int64_t b; (b = some * __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->samples;)
+        for (int64_t sample = b; sample < b + some && sample < w->samples; sample++) {
+            int32_t largest = 0; /* bits of |u| are ordered as |u| is, infinity and NaN last */
+            for (int64_t p = 0; p < w->populations; p++) {
+                const float *u = w->membrane[p] + sample * w->sizes[p];
+                for (int64_t i = 0; i < w->sizes[p]; i++) {
+                    int32_t own;
+                    memcpy(&own, u + i, sizeof own);
+                    own &= 0x7fffffff;
+                    largest = own > largest ? own : largest;
+                }
+            }
+            float poison = largest >= 0x7f800000 ? NAN : 0;
+            const float *weighted = w->weighted + sample * w->size;
+            float *to = w->rate + sample * w->size;
+            for (int64_t i = 0; i < w->size; i++) to[i] = weighted[i] / total + poison;
+        }
+}
