@@ -9,7 +9,7 @@ a_0 = a and a_i = sigma(z_i), gives all that the gradient needs:
     dL/dK_i = d_i a_{i-1}^T,   dL/db_i = sum over samples and positions of d_i
     dL/dXbar = sigma'(z_1) / V_th times what reaches population 1
 
-Source: Xiao et al., NeurIPS 2021, section 4.3. `ide_snn.implicit` does the same for any f by the chain rule of autograd.
+Source: Xiao et al., NeurIPS 2021, section 4.3. `ide_snn.implicit` does the same for any f by autograd's chain rule.
 Event-driven paths only (float32 on a CPU).
 """
 

@@ -197,17 +197,18 @@ class _OfUnitNorm(torch.autograd.Function):
         u, v = norm.u.clone(), norm.v.clone()  # a later update must not change them
         s = torch.dot(u, norm.times(weight, v))
         ctx.save_for_backward(weight, alpha, u, v, s)
-        ctx.like_weight = norm.like_weight
+        ctx.add_outer_ = norm.add_outer_
         return weight * (alpha / s)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight, alpha, u, v, s = ctx.saved_tensors
-        p = (g * weight).sum() / s
+        p = torch.dot(g.flatten(), weight.flatten()) / s
         scale, to_weight = alpha / s, None
         if ctx.needs_input_grad[0]:
-            to_weight = torch.addcmul(ctx.like_weight(torch.outer(u * (-p * scale), v), weight), g, scale)
+            to_weight = g.contiguous() * scale
+            ctx.add_outer_(to_weight, u * (-p * scale), v)
         return to_weight, p if ctx.needs_input_grad[1] else None, None
 
 
@@ -219,10 +220,13 @@ class SpectralMatrix(PowerIteration):
             product: Tensor = _OfUnitNorm.apply(weight, self.clipped(), self)
         return product
 
-    def like_weight(self, matrix: Tensor, weight: Tensor) -> Tensor:
-        """The inverse of `matrix`."""
-        channel = self.operator.output_dim_of_weight
-        return matrix.view(weight.transpose(0, channel).shape).transpose(0, channel)
+    def add_outer_(self, weight: Tensor, u: Tensor, v: Tensor) -> None:
+        """Adds u v^T to the matrix of a contiguous `weight`, in place."""
+        if self.operator.output_dim_of_weight == 0:
+            self.matrix(weight).addr_(u, v)  # a view
+        else:
+            rows = weight.transpose(0, self.operator.output_dim_of_weight)
+            rows.add_(torch.outer(u, v).view(rows.shape))
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.transpose(0, self.operator.output_dim_of_weight).flatten(1)
@@ -249,8 +253,8 @@ class SpectralMatrixFirstDim(SpectralMatrix):
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
-    def like_weight(self, matrix: Tensor, weight: Tensor) -> Tensor:
-        return matrix.view(weight.shape)
+    def add_outer_(self, weight: Tensor, u: Tensor, v: Tensor) -> None:
+        self.matrix(weight).addr_(u, v)
 
 
 class SpectralOperator(PowerIteration):

@@ -5,11 +5,12 @@ Two kinds of problem:
     linear      v = b + A v        residual r(v) = b + A v - v,  measured as ||r|| / ||b||
     nonlinear   z = f(z)           residual r(z) = f(z) - z,     measured as ||r|| / ||f(z)||
 
-The loop evaluates the true residual of every iterate, decides, and asks the method for the next iterate. A method that
-has the images of what its iterate consists of may give the residual as the same combination of them, which for a linear
-A is the true one to rounding (GMRES, where tol is far above rounding); a recurrence's estimate of its norm never decides. Unknowns are handled as [G, N]: one row (group) per sample where samples do
-not influence each other, a single row where they do. The residual is relative to each group's own scale, so
-neither the scale of the loss nor the other samples of a batch decide how well a sample is solved.
+The loop evaluates the true residual of every iterate, decides, and asks the method for the next iterate. A method
+that has the images of what its iterate consists of may give the residual as the same combination of them, which for a
+linear A is the true one to rounding (GMRES, where tol is far above rounding); a recurrence's estimate of its norm never
+decides. Unknowns are handled as [G, N]: one row (group) per sample where samples do not influence each other, a single
+row where they do. The residual is relative to each group's own scale, so neither the scale of the loss nor the other
+samples of a batch decide how well a sample is solved.
 """
 
 from __future__ import annotations
@@ -233,9 +234,9 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
         trace: keep the largest residual after each evaluation.
 
     Returns:
-        The best finite iterate per group, the first iterate where there is none, with the verdict on it. Nothing is raised for a failed solve: the
-        caller sees `outcome`. A group that fails does not end the solve of the others. If not even the first
-        iterate has a finite residual, it is returned as it is, so a NaN stays a NaN.
+        The best finite iterate per group, the first iterate where there is none, with the verdict on it. Nothing is
+        raised for a failed solve: the caller sees `outcome`. A group that fails does not end the solve of the others. A
+        right-hand side that is not finite comes back as it is, so a NaN stays a NaN.
 
     Raises:
         ValueError: for a y0 of another shape, or a nonlinear problem for gmres.

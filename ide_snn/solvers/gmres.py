@@ -68,7 +68,7 @@ class Krylov(Protocol):
         ...
 
     def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array]:
-        """y (None: 0) + the combination of the basis with the smallest residual, its residual and the norms [G] of that.
+        """y (None: 0) + the combination of the basis with the smallest residual; that residual; its norms [G].
 
         Once, at the end: the basis may be overwritten.
         """
