@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -350,7 +351,7 @@ class _Moment:
 def _is_finite(x: Tensor) -> bool:
     """True where no number is NaN or infinite."""
     # one pass says it of nearly every input; the sum of finite numbers may overflow
-    return bool(x.detach().sum().isfinite()) or bool(torch.isfinite(x).all())
+    return math.isfinite(float(x.detach().sum())) or bool(torch.isfinite(x).all())
 
 
 def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:

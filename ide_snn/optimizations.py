@@ -86,11 +86,7 @@ class NormConstraint(nn.Module):
         return float((self.exact_norm(weight) / self.norm(weight.detach())).max()) - 1
 
     def forward(self, weight: Tensor) -> Tensor:
-        return (self.clipped() / self.norm(weight)) * weight
-
-    def clipped(self) -> Tensor:
-        """clip(alpha, -c, c)."""
-        return self.alpha.clamp(-self.bound, self.bound)
+        return (self.alpha.clamp(-self.bound, self.bound) / self.norm(weight)) * weight
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to the constrained weight sets W; its length has no effect, alpha keeps the norm."""
@@ -187,29 +183,33 @@ class PowerIteration(NormConstraint):
 
 
 class _OfUnitNorm(torch.autograd.Function):
-    """alpha W / <u, M(W) v> for the matrix M(W) of W, its derivative written out.
+    """clip(alpha, -c, c) W / <u, M(W) v> for the matrix M(W) of W, its derivative written out.
 
-    With s = <u, M(W) v>, the cotangent G and p = <G, W> / s:  dL/dW = (alpha / s) (G - p u v^T),  dL/dalpha = p.
+    With s = <u, M(W) v>, the cotangent G and p = <G, W> / s:  dL/dW = (clip(alpha) / s) (G - p u v^T)  and
+    dL/dalpha = p where |alpha| <= c, else 0.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, alpha: Tensor, norm: SpectralMatrix) -> Tensor:
         u, v = norm.u.clone(), norm.v.clone()  # a later update must not change them
         s = torch.dot(u, norm.times(weight, v))
-        ctx.save_for_backward(weight, alpha, u, v, s)
-        ctx.add_outer_ = norm.add_outer_
-        return weight * (alpha / s)
+        scale = alpha.clamp(-norm.bound, norm.bound) / s
+        ctx.save_for_backward(weight, alpha, u, v, s, scale)
+        ctx.norm = norm
+        return weight * scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        weight, alpha, u, v, s = ctx.saved_tensors
+        weight, alpha, u, v, s, scale = ctx.saved_tensors
         p = torch.dot(g.flatten(), weight.flatten()) / s
-        scale, to_weight = alpha / s, None
+        to_weight = to_alpha = None
         if ctx.needs_input_grad[0]:
             to_weight = g.contiguous() * scale
-            ctx.add_outer_(to_weight, u * (-p * scale), v)
-        return to_weight, p if ctx.needs_input_grad[1] else None, None
+            ctx.norm.add_outer_(to_weight, u * (-p * scale), v)
+        if ctx.needs_input_grad[1]:
+            to_alpha = p * (alpha.abs() <= ctx.norm.bound)
+        return to_weight, to_alpha, None
 
 
 class SpectralMatrix(PowerIteration):
@@ -217,7 +217,7 @@ class SpectralMatrix(PowerIteration):
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
-            product: Tensor = _OfUnitNorm.apply(weight, self.clipped(), self)
+            product: Tensor = _OfUnitNorm.apply(weight, self.alpha, self)
         return product
 
     def add_outer_(self, weight: Tensor, u: Tensor, v: Tensor) -> None:
