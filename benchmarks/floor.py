@@ -38,6 +38,7 @@ Key = tuple[str, str]  # (role, name of the connection)
 ERROR = {
     "float32": 1e-4,
     "events": 1e-4,
+    "events16": 0.05,
     "tf32": 5e-3,
     "float16": 5e-3,
     "bfloat16": 5e-2,
@@ -50,7 +51,7 @@ ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
     "float32": {"spikes": ("float32",), "numbers": ("float32",)},
     "exact": {"spikes": ("float32", "events", "int8x2"), "numbers": ("float32", "events", "tf32", "bfloat16")},
     "fast": {
-        "spikes": ("float32", "events", "tf32", "float16", "bfloat16", "int8", "int8 to 8 bits"),
+        "spikes": ("float32", "events", "events16", "tf32", "float16", "bfloat16", "int8", "int8 to 8 bits"),
         "numbers": ("float32", "events", "tf32", "float16", "bfloat16"),
     },
 }

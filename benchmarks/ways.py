@@ -9,6 +9,7 @@ Formats:
                      (without VNNI instructions, pairs of 255 * hi do not fit the 16 bits of their sum)
     int8 to 8 bits   as int8, but the result is rounded to 8 bits (what fbgemm offers)
     events           float32, the zeros of the input skipped; counted as if they were not
+    events16         the same for spikes, weights in 16-bit units, 16-bit sums
 
 The int8 operators of torch are not a public interface: a build without them raises, and the caller says so.
 """
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ide_snn import event_driven
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
 
@@ -209,16 +211,19 @@ def fbgemm(operator: Operator, weight: Tensor, x: Tensor, _y: Tensor | None) -> 
         torch.backends.quantized.engine = before
 
 
-def events(operator: Operator, weight: Tensor, x: Tensor, _y: Tensor | None) -> Call:
-    """This project's event-driven product."""
-    from ide_snn.event_driven import EventConnection, channels_last, why_not
+def events(levels: bool = False) -> Prepare:
+    """This project's event-driven product, with `levels` of spikes and a weight in 16-bit units."""
 
-    affine = Affine(operator, weight, None, 1, None, tuple(x.shape[1:]))
-    reason = why_not([affine])
-    if reason is not None:
-        raise RuntimeError(reason)
-    product, z = EventConnection(affine), channels_last(x.float())
-    return lambda: product(z)
+    def prepare(operator: Operator, weight: Tensor, x: Tensor, _y: Tensor | None) -> Call:
+        affine = Affine(operator, weight, None, 1, None, tuple(x.shape[1:]))
+        reason = event_driven.why_not([affine]) or (event_driven.why_not_in_levels([affine]) if levels else None)
+        if reason is not None:
+            raise RuntimeError(reason)
+        product = event_driven.EventConnection(affine, levels=levels)
+        z = event_driven.channels_last(x.to(torch.uint8) if levels else x.float())
+        return lambda: product(z)
+
+    return prepare
 
 
 def _on_gpu(call: Call, x: Tensor, tf32: bool) -> Call:
@@ -264,7 +269,8 @@ WAYS = (
     Way("oneDNN", "int8x2", integer(two=True), ("linear", "conv"), device="cpu"),
     Way("oneDNN, two products", "int8x2", two_integers, ("linear", "conv"), device="cpu"),
     Way("fbgemm", "int8 to 8 bits", fbgemm, ("linear", "conv"), device="cpu"),
-    Way("events", "events", events, device="cpu"),
+    Way("events", "events", events(), device="cpu"),
+    Way("events", "events16", events(levels=True), device="cpu"),
     Way("torch", "float32", gradient(F32), gradient=True),
     Way("torch, transposed", "float32", gradient(F32, flip=True), LINEAR, gradient=True),
     Way("torch, channels last", "float32", gradient(F32, True), CONV, gradient=True),

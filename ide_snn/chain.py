@@ -28,6 +28,7 @@ from ide_snn.equilibrium import AnalyticLinearisation, EquilibriumMap
 from ide_snn.event_driven import empty_channels_last
 from ide_snn.layers import Affine
 from ide_snn.simulation import EVENT_PATHS
+from ide_snn.spiking import operator_gradients
 
 Solve = Callable[[AnalyticLinearisation, Tensor], Tensor]
 
@@ -77,12 +78,10 @@ class _Chain(torch.autograd.Function):
         v = ctx.solve(jacobian, event_driven.channels_last(cotangent))
         gradients: list[Tensor | None] = [None] * len(needed)
         for number in reversed(range(len(f.chain))):
-            operator, x = f.chain[number].operator, ctx.inputs[number]
-            d = v * ctx.slopes[number]
-            if needed[2 * number]:
-                gradients[2 * number] = operator.weight_gradient(x, d)
-            if needed[2 * number + 1]:
-                gradients[2 * number + 1] = d.sum([axis for axis in range(d.dim()) if axis != 1])
+            affine, x, d = f.chain[number].frozen, ctx.inputs[number], v * ctx.slopes[number]
+            wanted = (False, needed[2 * number], needed[2 * number + 1])
+            found = operator_gradients(affine.operator, x, d, affine.weight, wanted)
+            gradients[2 * number : 2 * number + 2] = found[1:]
             if number:
                 v = jacobian.maps[number].adjoint(d)
         return None, None, None, v * ctx.first if ctx.needs_input_grad[3] else None, *gradients

@@ -76,7 +76,7 @@ class VariationalDropout(nn.Module):
         else:
             bits = _random(numbers, like.device, generator)
         gain, first = torch.empty_like(like), self._dropped - LEVELS // 2  # the first number that keeps its element
-        if native and why_unavailable("elementwise") is None:
+        if native and gain.is_contiguous() and why_unavailable("elementwise") is None:
             _fill(gain, bits, size, first, 1 / self.keep)
         else:
             mask = bits.view(torch.int16)[:, :size] >= first

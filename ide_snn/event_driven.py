@@ -32,6 +32,7 @@ from ide_snn.layers import Affine
 from ide_snn.neurons import NeuronParams
 from ide_snn.operators import Operator
 from ide_snn.reach import Reach
+from ide_snn.spiking import operator_gradients
 
 LANES, STRETCH = 16, 512  # of csrc/events.c
 MAX_BLOCK = 64  # output channels whose sums fit the registers; LANES of a linear map, whose rows then fit the cache
@@ -100,7 +101,7 @@ class _Product(ctypes.Structure):
     _fields_ = [
         ("connection", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("batch", "next")),
-        *((name, ctypes.c_void_p) for name in ("x", "scale", "y")),
+        *((name, ctypes.c_void_p) for name in ("spikes", "x", "scale", "y")),
         ("scratch", _Scratch),
     ]
 
@@ -196,28 +197,32 @@ class EventConnection:
         )
 
     def __call__(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """gain * (K (scale * x) + bias) for x [B, C, H, W] or [B, C] in float32, skipping zeros; channels-last.
+        """gain * (K (scale * x) + bias) in float32 for x [B, C, H, W] or [B, C], skipping zeros; channels-last.
+
+        Args:
+            x: float32, or spikes as uint8 (0 or 1).
+            scale: like x; with float32 only.
 
         Raises:
-            ValueError: for a weight in levels, which is for spikes.
+            ValueError: for numbers where the weight is in levels, which are for spikes.
         """
-        if self.unit is not None:
-            raise ValueError("a weight in levels is for the spikes of `advance`; products need levels=False")
+        is_spikes = x.dtype == torch.uint8
+        if not is_spikes and self.unit is not None:
+            raise ValueError("a weight in levels multiplies spikes (uint8); for numbers use levels=False")
         x = channels_last(x)
         scale = None if scale is None else channels_last(scale)
-        y = empty_channels_last((x.shape[0], *self.out_shape), x)
+        y = empty_channels_last((x.shape[0], *self.out_shape), x, torch.float32)
         for part, items, (reach,) in _parts(x.shape[0], [self]):
             struct = self.as_struct(reach, part)
-            self._product(struct, reach, items, x[part], None if scale is None else scale[part], y[part])
+            scratch, _memory = _Scratch.of(
+                reach.out_positions * self.block, reach.in_positions * self.in_channels, reach.in_positions
+            )
+            tensors = (x[part], None) if is_spikes else (None, x[part])
+            pointers = (_pointer(t) for t in (*tensors, None if scale is None else scale[part], y[part]))
+            work = _Product(ctypes.addressof(struct), items, 0, *pointers, scratch)
+            numbers = reach.taps * (x[part].numel() + y[part].numel())
+            native.on_all_threads(native.library("events").product, work, numbers)
         return y
-
-    def _product(
-        self, struct: _Connection, reach: Reach, items: int, x: Tensor, scale: Tensor | None, y: Tensor
-    ) -> None:
-        events = reach.in_positions * self.in_channels
-        scratch, _memory = _Scratch.of(reach.out_positions * self.block, events, reach.in_positions)
-        work = _Product(ctypes.addressof(struct), items, 0, *(_pointer(t) for t in (x, scale, y)), scratch)
-        native.on_all_threads(native.library("events").product, work, reach.taps * (x.numel() + y.numel()))
 
 
 def connect(affine: object, *, levels: bool = False) -> EventConnection:
@@ -269,7 +274,7 @@ class _Walk(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return *ctx.operator.convolution_backward(grad, x, weight, ctx.needs_input_grad[:3]), None
+        return *operator_gradients(ctx.operator, x, grad, weight, ctx.needs_input_grad[:3]), None
 
 
 @dataclass(frozen=True)

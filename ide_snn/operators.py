@@ -7,10 +7,8 @@ K(W)^T y for any weight W, so that constraints, simulation and solver need no co
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
@@ -101,28 +99,6 @@ class Operator:
             return x[..., : input_shape[1], : input_shape[2]]
         size = (y.shape[0], *input_shape)
         return conv2d_input(size, weight, y, self.stride, self.padding, self.dilation, self.groups)
-
-    def weight_gradient(self, x: Tensor, y: Tensor) -> Tensor:
-        """The gradient of <y, K(W) x> in W, for x and y of the shapes of input and output."""
-        if self.kind == "linear":
-            return y.t() @ x
-        channels = (self.out_channels, self.in_channels // self.groups)
-        if self.kind == "conv_transposed":
-            channels = (self.in_channels, self.out_channels // self.groups)
-        weight = x.new_empty(*channels, *self.kernel_size)  # only its shape is read
-        gradient = self.convolution_backward(y, x, weight, (False, True, False))[1]
-        assert gradient is not None  # it was asked for
-        return gradient
-
-    def convolution_backward(
-        self, y: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of <y, K(W) x + b> in (x, W, b) for the two convolutions; None where not wanted."""
-        geometry = (self.stride, self.padding, self.dilation, self.kind == "conv_transposed", self.output_padding)
-        found = torch.ops.aten.convolution_backward(
-            y, x, weight, [self.out_channels], *geometry, self.groups, list(wanted)
-        )
-        return tuple(g if want else None for g, want in zip(found, wanted, strict=True))
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the response to an input of shape [C, H, W] ([C] for linear), both without the batch.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,10 +14,11 @@ from hypothesis import strategies as st
 from networks import example_input, small_block, warmed_up
 from torch import Tensor, nn
 
-from ide_snn import FeedbackSNN, Gmres, NeuronParams, event_driven, native
+from ide_snn import FeedbackSNN, Gmres, NeuronParams, event_driven, implicit, native
+from ide_snn import chain as chain_module
 from ide_snn.bptt import Bptt
 from ide_snn.event_driven import EventConnection
-from ide_snn.layers import Affine
+from ide_snn.layers import Affine, Connection
 from ide_snn.operators import Operator
 from ide_snn.simulation import Record, simulate
 from ide_snn.solvers import LinearProblem, Outcome, solve
@@ -318,9 +321,134 @@ def test_reasons_name_the_remedy(tmp_path, monkeypatch) -> None:
         native.library("events")
 
 
-def test_errors_of_a_thread_reach_the_caller() -> None:
-    with pytest.raises(ZeroDivisionError):
-        native.on_all_threads(lambda: 1 / 0, native.WORTH_A_THREAD)  # type: ignore[arg-type,return-value]
+@pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler")
+@pytest.mark.parametrize("name", [source.stem for source in native.SOURCES.glob("*.c")])
+@pytest.mark.usefixtures("fresh_library")
+def test_every_kernel_compiles_without_a_warning(name: str, tmp_path, monkeypatch) -> None:
+    """The other tests of this file are skipped where kernels do not compile."""
+    monkeypatch.setenv("IDE_SNN_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-sign-compare"))
+    native.library(name)
+
+
+def test_threads_of_its_own_find_the_same(monkeypatch) -> None:
+    """Where torch's threads cannot be had."""
+    monkeypatch.setattr(native, "WORTH_THREADS", 0)
+    block = small_block("conv", time_steps=20, precision="fast", solver=Gmres(1e-3)).float().eval()
+    x = example_input("conv", batch=7).float()
+    (value, found) = gradients(block, x)
+    monkeypatch.setattr(native, "_torch_threads", lambda: None)
+    (expected, wanted) = gradients(block, x)
+    assert torch.equal(value, expected)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def in_levels(affine: Affine) -> tuple[Tensor, Tensor]:
+    """(whole units, unit per output, shaped to multiply them) of a connection packed for `fast`, as its weight."""
+    packed, operator = EventConnection(affine, levels=True), affine.operator
+    assert packed.unit is not None
+    rows = packed.weight.permute(0, 3, 2, 1).flatten(0, 1)[: packed.out_channels]  # [out, in, taps]
+    channel = operator.output_dim_of_weight
+    whole = rows.reshape(affine.weight.transpose(0, channel).shape).transpose(0, channel)
+    return whole.double(), operator.per_output(packed.unit[: packed.out_channels].double())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    name=st.sampled_from(sorted(MODULES)),
+    seed=st.integers(0, 1000),
+    scale=st.sampled_from([1e-20, 1.0, 1e20]),
+    sign=st.sampled_from([-1.0, 0.0, 1.0]),
+)
+def test_sums_of_whole_units_are_exact_and_never_overflow(name: str, seed: int, scale: float, sign: float) -> None:
+    """Also the largest sum there is: of all weights of one sign."""
+    module, shape = MODULES[name]
+    operator, generator = Operator.of(module), torch.Generator().manual_seed(seed)
+    weight = torch.randn(tuple(module.weight.shape), generator=generator)
+    weight = (weight.abs() * sign if sign else weight) * scale
+    weight.transpose(0, operator.output_dim_of_weight)[0] = 0
+    affine = Affine(operator, weight, None, 1, None, shape)
+    levels, unit = in_levels(affine)
+    rows = levels.transpose(0, operator.output_dim_of_weight).flatten(1)
+    assert float(rows.clamp(min=0).sum(1).max() - rows.clamp(max=0).sum(1).min()) > 0
+    assert float(rows.clamp(min=0).sum(1).max()) <= 32767
+    assert float(rows.clamp(max=0).sum(1).min()) >= -32767
+    assert bool(((levels * unit - weight).abs() <= unit * 0.502).all())
+    spikes = torch.ones(2, *shape) if sign else (torch.rand(2, *shape, generator=generator) < 0.5).float()
+    exact = operator.apply(spikes.double(), levels * unit)
+    found = EventConnection(affine, levels=True)(spikes.to(torch.uint8))
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_poison_fast_rates_too(value: float) -> None:
+    block = small_block("conv", dropout=0.0, time_steps=4, precision="fast").float().eval()
+    with torch.no_grad():
+        block.feedback.op.parametrizations.weight.original[0, 0, 0, 0] = value
+    assert bool(block(example_input("conv").float()).isnan().all())
+
+
+def test_fast_simulates_the_network_with_rounded_weights() -> None:
+    neuron, shape = NeuronParams(1.0, 0.75), (8, 6, 6)
+    module = nn.Conv2d(8, 8, 5, padding=2)
+    drive = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    affine = Affine(Operator.of(module), module.weight.detach(), None, 1, None, shape)
+    levels, unit = in_levels(affine)
+    rounded = (levels * unit).float()
+    fast = simulate(drive, [], affine, [shape], neuron, 12, path="events16")
+    dense = simulate(drive, [], replace(affine, weight=rounded), [shape], neuron, 12)
+    assert fast.path == "events16"
+    assert float((fast.last != dense.last).float().mean()) < 0.01  # rounding at the threshold
+    assert 0.1 < float(dense.last.mean()) < 0.9
+
+
+def test_too_many_inputs_keep_float32_weights_and_say_so(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(event_driven, "MOST_INPUTS", 10)
+    block = small_block("conv", precision="fast").float().eval()
+    paths = []
+    block.register_simulation_hook(lambda rates: paths.append(rates.path))
+    with caplog.at_level(logging.INFO, "ide_snn.block"):
+        block(example_input("conv").float())
+    assert paths == ["events"]
+    assert "event-driven float32 (sums of" in caplog.text
+
+
+def test_levels_multiply_spikes_only() -> None:
+    module, shape = MODULES["conv"]
+    with pytest.raises(ValueError, match="levels=False"):
+        EventConnection(affine_of(module, shape, 2), levels=True)(torch.ones(2, *shape))
+
+
+@pytest.mark.parametrize("kind", ["fc", "conv", "without batch norm"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_written_out_gradient_is_that_of_autograd(kind: str, dropout: float, monkeypatch) -> None:
+    """Of input, weights, biases and alpha, for one population and for a chain of three."""
+    if kind == "without batch norm":
+        chain = [Connection(nn.Conv2d(4, 6, 3, stride=2, padding=1), dropout=dropout), Connection(nn.Conv2d(6, 5, 1))]
+        feedback = nn.ConvTranspose2d(5, 4, 3, stride=2, padding=1, output_padding=1)
+        stage = Connection(nn.Conv2d(2, 4, 3, padding=1), batch_norm=True)
+        back = Connection(feedback, constraint="spectral_matrix", bound=0.5, dropout=dropout)
+        neuron = NeuronParams(0.7, 0.9)
+        block = FeedbackSNN(
+            input=stage, layers=chain, feedback=back, neuron=neuron, time_steps=6, solver=Gmres(1e-6), precision="exact"
+        )
+        x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    else:
+        block = small_block(kind, precision="exact", dropout=dropout, time_steps=6, solver=Gmres(1e-6)).float()
+        x = example_input(kind).float()
+    x = (3 * x).requires_grad_()
+    results = []
+    for taken in (chain_module.has_written_out_gradient, lambda _: False):
+        monkeypatch.setattr(implicit, "has_written_out_gradient", taken)
+        torch.manual_seed(2)
+        value, found = gradients(block.train(), x)
+        results.append((value, x.grad.clone(), *found))
+        x.grad = None
+    assert float(results[0][1].abs().max()) > 0
+    largest = max(float(theirs.abs().max()) for theirs in results[1])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 * largest)
 
 
 def test_bad_choices_are_refused() -> None:

@@ -389,6 +389,19 @@ def test_dropout_gains(p: float) -> None:
     torch.testing.assert_close(ratio[[0, -1]], torch.tensor([0, 1 / dropout.keep]))
 
 
+@pytest.mark.parametrize("shape", [(5, 7), (3, 6, 3, 5), (200, 400)])
+@pytest.mark.parametrize("p", [1e-4, 0.2, 0.9999])
+def test_compiled_gains_are_the_same(shape: tuple[int, ...], p: float) -> None:
+    dropout = VariationalDropout(p)
+    for memory in (torch.contiguous_format, torch.channels_last if len(shape) == 4 else torch.contiguous_format):
+        like = torch.zeros(shape).to(memory_format=memory)
+        plain, native = (dropout.draw(like, torch.Generator().manual_seed(3), native=flag) for flag in (False, True))
+        assert plain is not None
+        assert native is not None
+        assert torch.equal(plain, native)
+        assert plain.stride() == native.stride()
+
+
 def test_no_dropout_where_there_is_none() -> None:
     x = torch.randn(3, 4)
     for dropout in (VariationalDropout(0.0), VariationalDropout(0.5).eval()):

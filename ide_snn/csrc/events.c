@@ -395,12 +395,13 @@ typedef struct {
     const Connection *connection;
     int64_t batch;
     int64_t next;          /* sample to be taken by the next thread; starts at 0 */
-    const float *x, *scale; /* [B][in_positions][in_channels], with many zeros; scale may be NULL */
+    const uint8_t *spikes; /* [B][in_positions][in_channels], or NULL for */
+    const float *x, *scale; /* numbers, with many zeros; scale may be NULL */
     float *y;              /* [B][out_positions][out_channels] */
     Scratch scratch;
 } Product;
 
-/* y = gain * (K (scale * x) + bias). */
+/* y = gain * (K (scale * x) + bias), or of the spikes. With levels, of spikes only. */
 void product(Product *w) {
     const Connection *k = w->connection;
     float *acc;
@@ -408,13 +409,17 @@ void product(Product *w) {
     int64_t in = k->in_positions * k->in_channels, out = k->out_positions * k->out_channels;
     for (int64_t sample; (sample = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->batch;) {
         const float *scale = w->scale ? w->scale + sample * in : 0;
-        collect_values(w->x + sample * in, scale, k->in_positions, k->in_channels, &events);
+        if (w->spikes) collect_spikes(w->spikes + sample * in, k->in_positions, k->in_channels, &events);
+        else collect_values(w->x + sample * in, scale, k->in_positions, k->in_channels, &events);
         for (int64_t b = 0; b < k->blocks; b++) {
-            respond(k, b, &events, 1, acc);
+            float room[STRETCH];
+            if (k->levels) respond_in_levels(k, b, &events, (int16_t *)acc);
+            else respond(k, b, &events, !w->spikes, acc);
             int64_t c = b * k->block, n = k->out_channels - c < k->block ? k->out_channels - c : k->block;
             for (int64_t p = 0; p < k->out_positions; p++) {
                 int64_t at = sample * out + p * k->out_channels + c;
-                memcpy(w->y + at, acc + p * k->block, n * sizeof(float));
+                if (k->levels) from_levels(k, b, 1, (const int16_t *)acc + p * k->block, room);
+                memcpy(w->y + at, k->levels ? room : acc + p * k->block, n * sizeof(float));
                 if (k->gain)
                     for (int64_t j = 0; j < n; j++) w->y[at + j] *= k->gain[at + j];
             }
