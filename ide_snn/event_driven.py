@@ -6,8 +6,9 @@ positions it reaches,
 
     (K s)[p', :] = sum over spikes (c, p), taps k with p' = reach(p, k) of W[c, k, :]
 
-The sums are those of the dense product in another order: float32 throughout, nothing is quantised, so membranes and
-rates differ from those of torch's products by rounding alone. Neurons are updated while the sums are in the cache
+The sums are those of the dense product in another order, in float32, so membranes and rates differ from those of torch's
+products by rounding alone. Or the weights are rounded to 16-bit multiples of a unit per output channel ("levels"), whose
+sums are exact and cost half. Neurons are updated while the sums are in the cache
 (`csrc/events.c`); samples are independent, so a run of T steps needs memory for the state alone, whatever T is. Fully
 connected populations have one position per sample; there the kernels take many samples together, as if they were
 positions, so that a block of the weight stays in the cache for all of them.

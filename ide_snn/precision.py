@@ -4,10 +4,10 @@
 | --- | --- | --- |
 | `float32` | torch's dense products: the reference | the same |
 | `exact`   | event-driven (`ide_snn.event_driven`): float32 sums over the spikes | dense, fused neuron kernel |
-| `fast`    | the same; in `configs/precision` the solver stops at a residual of 1e-2 | the same |
+| `fast`    | the same, and the simulation adds weights in 16-bit units, exactly | the same |
 
-Nothing is rounded further than float32 does. Where the machine lacks what a precision needs, the dense products are
-taken and the log says why.
+In `configs/precision` solvers stop at a residual of 1e-2 with `fast`, of 1e-3 with the others.
+Where the machine lacks what a precision needs, the dense products are taken and the log says why.
 """
 
 from __future__ import annotations
