@@ -46,6 +46,8 @@ def attach_written_out(rates: Tensor, f: EquilibriumMap, solve: Solve) -> Tensor
         f: see `has_written_out_gradient`.
         solve: (J, g) -> v with (I - J^T) v = g.
     """
+    if not torch.is_grad_enabled():
+        return rates
     parameters = [tensor for link in f.chain for tensor in (link.weight, link.bias)]
     value: Tensor = _Chain.apply(f, solve, rates, f.drive, *parameters)
     return value
@@ -53,7 +55,7 @@ def attach_written_out(rates: Tensor, f: EquilibriumMap, solve: Solve) -> Tensor
 
 class _Chain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, f: EquilibriumMap, solve: Solve, rates: Tensor, drive: Tensor, *parameters: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, f: EquilibriumMap, solve: Solve, rates: Tensor, drive: Tensor, *parameters: Tensor) -> Tensor:
         if not any(ctx.needs_input_grad):
             return rates.clone()
         inputs, slopes, first = [rates], [], None
@@ -66,25 +68,28 @@ class _Chain(torch.autograd.Function):
             inputs.append(activation)
             slopes.append(slope)
             first = through if number == 0 else first
-        ctx.f, ctx.solve, ctx.inputs = f, solve, inputs[:-1]
-        ctx.first, ctx.slopes = first, slopes
+        ctx.f, ctx.solve = f, solve
+        # parameters are saved for autograd to see that they are still those of the forward
+        ctx.save_for_backward(first, *inputs[:-1], *slopes, *parameters)
         return rates.clone()  # a view would refuse in-place operations behind the block
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        f, needed = ctx.f, ctx.needs_input_grad[4:]
-        jacobian = f.linearise_with(ctx.slopes)
+        f, needed, n = ctx.f, ctx.needs_input_grad[4:], len(ctx.f.chain)
+        first, *saved = ctx.saved_tensors
+        inputs, slopes = saved[:n], saved[n : 2 * n]
+        jacobian = f.linearise_with(slopes)
         v = ctx.solve(jacobian, event_driven.channels_last(cotangent))
         gradients: list[Tensor | None] = [None] * len(needed)
         for number in reversed(range(len(f.chain))):
-            affine, x, d = f.chain[number].frozen, ctx.inputs[number], v * ctx.slopes[number]
+            affine, x, d = f.chain[number].frozen, inputs[number], v * slopes[number]
             wanted = (False, needed[2 * number], needed[2 * number + 1])
             found = operator_gradients(affine.operator, x, d, affine.weight, wanted)
             gradients[2 * number : 2 * number + 2] = found[1:]
             if number:
                 v = jacobian.maps[number].adjoint(d)
-        return None, None, None, v * ctx.first if ctx.needs_input_grad[3] else None, *gradients
+        return None, None, None, v * first if ctx.needs_input_grad[3] else None, *gradients
 
 
 class _Slopes(ctypes.Structure):

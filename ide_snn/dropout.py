@@ -58,7 +58,7 @@ class VariationalDropout(nn.Module):
 
         It is drawn from `generator`, else from the stream of a training run (`DropoutStream`), else from torch's
         global one. Elements are drawn sample by sample, a channels-last sample [H, W, C] in its order in memory.
-        `native` may use a compiled kernel (float32 on a CPU), with the same result.
+        `native` allows a compiled kernel for float32 on a CPU, with the same result.
 
         Raises:
             ValueError: from a stream, if B is not what it serves.
@@ -76,7 +76,7 @@ class VariationalDropout(nn.Module):
         else:
             bits = _random(numbers, like.device, generator)
         gain, first = torch.empty_like(like), self._dropped - LEVELS // 2  # the first number that keeps its element
-        if native and gain.is_contiguous() and why_unavailable("elementwise") is None:
+        if native and _is_plain(gain) and why_unavailable("elementwise") is None:
             _fill(gain, bits, size, first, 1 / self.keep)
         else:
             mask = bits.view(torch.int16)[:, :size] >= first
@@ -176,6 +176,11 @@ class _Gains(ctypes.Structure):
         ("first", ctypes.c_int64),
         ("kept", ctypes.c_double),
     ]
+
+
+def _is_plain(gain: Tensor) -> bool:
+    """True for what the compiled kernel can fill."""
+    return gain.is_contiguous() and gain.dtype == torch.float32 and gain.device.type == "cpu"
 
 
 def _fill(gain: Tensor, bits: Tensor, size: int, first: int, kept: float) -> None:

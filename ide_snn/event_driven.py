@@ -6,12 +6,13 @@ positions it reaches,
 
     (K s)[p', :] = sum over spikes (c, p), taps k with p' = reach(p, k) of W[c, k, :]
 
-The sums are those of the dense product in another order, in float32, so membranes and rates differ from those of torch's
-products by rounding alone. Or the weights are rounded to 16-bit multiples of a unit per output channel ("levels"), whose
-sums are exact and cost half. Neurons are updated while the sums are in the cache
-(`csrc/events.c`); samples are independent, so a run of T steps needs memory for the state alone, whatever T is. Fully
-connected populations have one position per sample; there the kernels take many samples together, as if they were
-positions, so that a block of the weight stays in the cache for all of them.
+The sums are those of the dense product in another order, in float32, so membranes and rates differ from those of
+torch's products by rounding alone. Or the weights are rounded to 16-bit multiples of a unit per output channel
+("levels"), whose sums are exact and cost half. Neurons are updated while the sums are in the cache (`csrc/events.c`);
+samples are independent, so a run of T steps needs memory for the state alone, whatever T is. Fully connected
+populations have one position per sample; there the kernels take many samples together, as if they were positions, so
+that a block of the weight stays in the cache for all of them.
+
 The same walk over values that are not zero applies f to rates and J^T to vectors that the slopes have thinned out.
 """
 
@@ -40,7 +41,7 @@ MAX_BLOCK = 64  # output channels whose sums fit the registers; LANES of a linea
 TOGETHER = 64  # samples of a fully connected network
 LEVEL_LANES, LEVEL_BLOCK = 32, 128  # of weights in whole units
 LEVELS = 32767  # largest sum of them
-MOST_INPUTS = 16384  # of an output, so that rounding each weight takes no more than a quarter of the levels
+MOST_INPUTS = 4096  # of an output: rounding then moves a weight by some 1.6 % of their root mean square
 SPARSE = 0.5  # share of numbers that are not 0 up to which a walk over them is faster than a dense convolution
 
 

@@ -149,7 +149,7 @@ class Connection(nn.Module):
         output = self.output_shape(shape)
         layout = torch.channels_last if native and len(output) == 3 else torch.contiguous_format
         template = torch.empty(len(like), *output, dtype=like.dtype, device=like.device, memory_format=layout)
-        gain = self.dropout.draw(template, generator, native=native and like.dtype == torch.float32)
+        gain = self.dropout.draw(template, generator, native=native)
         weight = None if operator is None else self.op.weight
         bias = None if operator is None else self.op.bias
         return FixedConnection(self, operator, weight, bias, gain, shape, output)  # type: ignore[arg-type]

@@ -125,6 +125,29 @@ def test_linear_solutions(name: str, dtype: torch.dtype, coupled: bool) -> None:
     assert torch.equal(problem.rhs, before)
 
 
+SINGULAR = {
+    "nothing": torch.eye(4),
+    "nilpotent": torch.eye(4) - torch.diag(torch.ones(3), 1),
+    "rank three": torch.diag(torch.tensor([1.0, 0.5, 0.2, 0.1])),
+    "almost": torch.diag(torch.tensor([1 - 1e-7, 0.5, 0.2, 0.1])),
+}
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("name", SINGULAR)
+def test_gmres_does_not_claim_what_a_singular_system_has_not(name: str, native: bool) -> None:
+    matrix, rhs = SINGULAR[name], torch.tensor([[1.0, 2, 3, 4], [0, 0, 0, 1]])
+    problem = LinearProblem(lambda v: v @ matrix.T, rhs, native=native)
+    solution = solve(problem, Gmres(tol=1e-3, max_steps=12))
+    v, a = solution.value.double(), matrix.double()
+    true = (rhs + v @ a.T - v).norm(dim=1) / rhs.norm(dim=1)
+    solved = solution.stats.residual <= 1e-3
+    assert bool((true[solved] <= 1e-2).all())
+    assert (solution.outcome is Outcome.converged) == bool(solved.all())
+    assert name == "almost" or solution.outcome is not Outcome.converged
+    torch.testing.assert_close(solution.stats.residual, true, rtol=0.2, atol=1e-2)
+
+
 @both_couplings
 @pytest.mark.parametrize("restart", [2, 30])
 def test_gmres_far_above_rounding_needs_no_product_for_its_verdict(coupled: bool, restart: int) -> None:

@@ -270,7 +270,7 @@ static float unit_of(const Pack *w, const float *from) {
     int64_t runs = w->in_stride == w->taps ? 1 : w->in_channels, n = w->taps * w->in_channels;
     for (int64_t c = 0; c < runs; c++) add_up(from + c * w->in_stride, n / runs, &absolute, &plain);
     double unit = (absolute + fabs(plain)) / 2 * 1.0001 / (w->largest - 0.5 * n); /* the sums are in float32 */
-    return unit == 0 ? 1 : (float)unit;
+    return unit < 1e-30 ? 1 : (float)unit; /* weights that are nothing beside any threshold become 0 */
 }
 
 /* to[c * block] = from[c * stride] in whole units, for n input channels. */

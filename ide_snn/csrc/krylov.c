@@ -26,7 +26,7 @@ typedef struct {
     float *y, *image;    /* [groups][n] */
     float *const *basis; /* k + 1 vectors [groups][n] */
     double *state;       /* [groups][m * m + 3 * m + 1], see state_of */
-    float *unit, *norm;  /* [groups] */
+    float *unit, *norm;  /* [groups]; what they are, each kernel says */
     double noise;
     int64_t padding[8];  /* what threads write is not in the cache line of what they read */
     int64_t next;        /* group to be taken by the next thread; starts at 0 */
@@ -139,7 +139,10 @@ void extend(Work *w) {
             column[i + 1] = cosine * lower - sine * upper;
         }
         double radius = hypot(column[k - 1], length);
-        double cosine = radius > 0 ? column[k - 1] / radius : 1, sine = radius > 0 ? length / radius : 0;
+        /* An image in the span of those before it reduces nothing: its coefficient is 0, and all that is left stays. */
+        int useless = radius <= w->noise * before;
+        double cosine = useless ? 0 : column[k - 1] / radius, sine = useless ? 1 : length / radius;
+        if (useless) radius = 0;
         if (isnan(radius)) cosine = sine = radius;
         rotation[2 * k - 2] = cosine;
         rotation[2 * k - 1] = sine;
@@ -150,8 +153,9 @@ void extend(Work *w) {
     }
 }
 
-/* y += c_1 q_1 + ... + c_k q_k with R c = right; an exhausted direction gets 0. The residual, the basis q_1..q_{k+1} times
- * the right-hand side that is left with its rotations turned back, overwrites q_{k+1}; norm [groups] is its length. */
+/* y += c_1 q_1 + ... + c_k q_k with R c = right; a useless direction gets 0. The residual, the basis q_1..q_{k+1} times
+ * the right-hand side that is left with its rotations turned back, overwrites q_{k+1}; norm [groups] is its length, and
+ * unit [groups] that of y. */
 void finish(Work *w) {
     int64_t n = w->n, k = w->k, m = w->m;
     FOR_GROUPS(w) {
@@ -173,5 +177,6 @@ void finish(Work *w) {
             for (int64_t i = 0; i < n; i++) left[i] += of_rest * q[i];
         }
         w->norm[g] = (float)sqrt(dot(n, left, left));
+        w->unit[g] = (float)sqrt(dot(n, y, y));
     }
 }

@@ -177,7 +177,8 @@ class Workspace:
     def rows(self, x: Tensor) -> Tensor:
         if self.channels_last:
             x = x.permute(0, 2, 3, 1)
-        return x.reshape(self.groups, x.numel() // max(self.groups, 1))
+        x = x.reshape(self.groups, x.numel() // max(self.groups, 1))
+        return x.contiguous() if self.native else x  # kernels see addresses, not strides
 
     def unrows(self, x: Tensor) -> Tensor:
         if self.channels_last:
@@ -234,9 +235,9 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
         trace: keep the largest residual after each evaluation.
 
     Returns:
-        The best finite iterate per group, the first iterate where there is none, with the verdict on it. Nothing is
-        raised for a failed solve: the caller sees `outcome`. A group that fails does not end the solve of the others. A
-        right-hand side that is not finite comes back as it is, so a NaN stays a NaN.
+        The best finite iterate per group with the verdict on it; the first iterate, or for GMRES the right-hand side,
+        where there is none, so a NaN stays a NaN. Nothing is raised for a failed solve: the caller sees `outcome`. A
+        group that fails does not end the solve of the others.
 
     Raises:
         ValueError: for a y0 of another shape, or a nonlinear problem for gmres.
@@ -382,7 +383,7 @@ class _Progress:
         with np.errstate(over="ignore"):
             worse = now > DIVERGENCE_FACTOR * best
         if out_of_steps:
-            worse |= now > self.first
+            worse |= now > self.first * (1 + 1e-4)  # a residual that rounding alone moves stagnates
         self.diverged = self.diverged | (worse & ~self.nonfinite)
         if not out_of_steps and not (self.nonfinite | self.diverged)[unsolved].all():
             return None

@@ -30,8 +30,9 @@ class Gmres:
 
     An inner run starts from v = 0 and ends when the recurrence predicts a residual below tol. The verdict is on the
     residual itself, r = V (beta e_1 - H c) with the basis V and its images V H = (1 - A) V as they were computed, which
-    rounding in the recurrence cannot fake; below tol = sqrt(eps), where rounding matters, on one more product. If it
-    falls short another run starts from there.
+    rounding in the recurrence cannot fake. Where other rounding matters, below tol = sqrt(eps) or for a v so long that
+    its own rounding is felt (1 - A nearly singular), it is on one more product. If it falls short another run starts
+    from there.
     """
 
     tol: float = 1e-3
@@ -67,8 +68,9 @@ class Krylov(Protocol):
         """Takes A q_k, which may be overwritten; returns the residual norm [G] that is left."""
         ...
 
-    def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array]:
-        """y (None: 0) + the combination of the basis with the smallest residual; that residual; its norms [G].
+    def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array, Array]:
+        """y (None: 0) + the combination of the basis with the smallest residual, that residual, and the norms [G] of
+        the residual and of the sum.
 
         Once, at the end: the basis may be overwritten.
         """
@@ -93,14 +95,15 @@ class _Restarted:
         kind = NativeKrylov if self.work.native else _TorchKrylov
         # What is left after cancelling to rounding level is noise, not a direction.
         space: Krylov = kind(r, dimensions, 1 if is_loose else 2, 10 * eps)
-        # A little below tol: the true residual, which decides, differs from the predicted by rounding.
-        enough = 0.9 * self.settings.tol * self.work.rhs_norm
+        # A little below tol: the residual that decides differs from the predicted by rounding.
+        enough = (0.99 if is_loose else 0.9) * self.settings.tol * self.work.rhs_norm
         for _ in range(dimensions):
             predicted = space.extend(self.work.matvec(space.newest))
             if (~np.isfinite(predicted) | (predicted <= enough)).all():
                 break
-        y, r, norm = space.finish(y)
-        return Advance(y, space.size, space.size, (r, norm) if is_loose else None)
+        y, r, norm, length = space.finish(y)
+        is_short = bool((100 * eps * length <= self.settings.tol * self.work.rhs_norm).all())
+        return Advance(y, space.size, space.size, (r, norm) if is_loose and is_short else None)
 
 
 class _TorchKrylov:
@@ -109,7 +112,7 @@ class _TorchKrylov:
     def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
         basis, beta = _normalise_(r)
         self.vectors, self.passes, self.noise = [basis], passes, noise
-        self.problem = _LeastSquares(beta.double().cpu().numpy(), dimensions)
+        self.problem = _LeastSquares(beta.double().cpu().numpy(), dimensions, noise)
 
     @property
     def newest(self) -> Tensor:
@@ -134,18 +137,18 @@ class _TorchKrylov:
         self.vectors.append(vector)
         return self.problem.append(column.double().cpu().numpy())
 
-    def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array]:
+    def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array, Array]:
         y = torch.zeros_like(self.newest) if y is None else y.clone()
-        self._add(y, self.problem.solution())
-        r = torch.zeros_like(y)
-        self._add(r, self.problem.remainder())
-        return y, r, r.norm(dim=1).double().cpu().numpy()
-
-    def _add(self, y: Tensor, coefficients: Array) -> None:
-        """y += the combination of the basis with coefficients [k, G]."""
-        columns = torch.from_numpy(coefficients).to(device=y.device, dtype=y.dtype)
-        for c, q in zip(columns, self.vectors, strict=False):
-            y.addcmul_(c[:, None], q)
+        solution, rest = (
+            torch.from_numpy(numbers).to(device=y.device, dtype=y.dtype)[..., None]
+            for numbers in (self.problem.solution(), self.problem.remainder())
+        )
+        r = self.newest.mul_(rest[-1])
+        for of_y, of_r, q in zip(solution, rest[:-1], self.vectors[:-1], strict=True):
+            y.addcmul_(of_y, q)
+            r.addcmul_(of_r, q)
+        norm, length = torch.stack([r.norm(dim=1), y.norm(dim=1)]).double().cpu().numpy()
+        return y, r, norm, length
 
 
 def _normalise_(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,8 +160,8 @@ def _normalise_(w: Tensor) -> tuple[Tensor, Tensor]:
 class _LeastSquares:
     """min ||beta e_1 - H y|| per group by Givens rotations, in float64 on the host: H is at most 31 x 30."""
 
-    def __init__(self, beta: Array, dimensions: int) -> None:
-        groups = beta.shape[0]
+    def __init__(self, beta: Array, dimensions: int, noise: float) -> None:
+        groups, self.noise = beta.shape[0], noise
         self.r: Array = np.zeros((dimensions, dimensions, groups))  # upper triangular factor, [row, column, G]
         self.right: Array = np.zeros((dimensions + 1, groups))
         self.right[0] = beta
@@ -167,13 +170,16 @@ class _LeastSquares:
     def append(self, column: Array) -> Array:
         """Adds a column [k + 1, G] of H; returns the residual norm [G] of the least-squares problem."""
         k = len(self.rotations)
-        column = column.copy()
+        column, size = column.copy(), np.linalg.norm(column, axis=0)
         for i, (cos, sin) in enumerate(self.rotations):
             upper, lower = column[i].copy(), column[i + 1].copy()
             column[i], column[i + 1] = cos * upper + sin * lower, cos * lower - sin * upper
         radius = np.hypot(column[k], column[k + 1])
-        safe = np.where(radius > 0, radius, 1.0)
-        cos, sin = np.where(radius > 0, column[k] / safe, 1.0), column[k + 1] / safe
+        # An image in the span of those before it reduces nothing: its coefficient is 0, and all that is left stays.
+        useless = radius <= self.noise * size
+        safe = np.where(useless, 1.0, radius)
+        cos, sin = np.where(useless, 0.0, column[k] / safe), np.where(useless, 1.0, column[k + 1] / safe)
+        radius = np.where(useless, 0.0, radius)
         self.rotations.append((cos, sin))
         self.r[:k, k], self.r[k, k] = column[:k], radius
         self.right[k + 1] = -sin * self.right[k]
@@ -181,7 +187,7 @@ class _LeastSquares:
         return np.abs(self.right[k + 1])
 
     def solution(self) -> Array:
-        """Coefficients c [k, G] by back substitution; an exhausted direction gets 0."""
+        """Coefficients c [k, G] by back substitution; a useless direction gets 0."""
         k = len(self.rotations)
         y: Array = np.zeros((k, self.right.shape[1]))
         for i in reversed(range(k)):

@@ -71,11 +71,12 @@ class NativeKrylov:
         _call("extend", self._work, 2 * k)
         return self._norm.astype(np.float64)
 
-    def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array]:
+    def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array, Array]:
         y = torch.zeros_like(self.newest) if y is None else y.clone()
-        self._work.y = y.data_ptr()
+        length = np.empty(len(y), dtype=np.float32)
+        self._work.y, self._work.unit = y.data_ptr(), length.ctypes.data
         _call("finish", self._work, 2 * self.size)
-        return y, self.newest, self._norm.astype(np.float64)
+        return y, self.newest, self._norm.astype(np.float64), length.astype(np.float64)
 
 
 def _once(name: str, rows: Tensor, **tensors: Tensor) -> Array:
