@@ -92,7 +92,7 @@ class Operator:
     def adjoint(self, y: Tensor, weight: Tensor, input_shape: tuple[int, ...]) -> Tensor:
         """K(W)^T y for y of the output's shape; `input_shape` is [C, H, W] without the batch ([C] for linear)."""
         if self.kind == "linear":
-            return F.linear(y, weight.t())
+            return y.mm(weight) if y.dim() == 2 else F.linear(y, weight.t())
         if self.kind == "conv_transposed":
             x = F.conv2d(y, weight, None, self.stride, self.padding, self.dilation, self.groups)
             # an output_padding >= stride (allowed below the dilation) makes room for more than the input had
