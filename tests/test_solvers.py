@@ -148,6 +148,23 @@ def test_gmres_does_not_claim_what_a_singular_system_has_not(name: str, native: 
     torch.testing.assert_close(solution.stats.residual, true, rtol=0.2, atol=1e-2)
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_gmres_knows_the_rounding_of_a_very_long_solution(native: bool, seed: int) -> None:
+    """1 - A has an eigenvalue of 1e-7: v is so long that rounding it to float32 alone leaves a residual."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64)).Q
+    spectrum = torch.rand(40, generator=generator, dtype=torch.float64)
+    spectrum[0] = 1 - 1e-7
+    matrix = (basis @ torch.diag(spectrum) @ basis.T).float()
+    rhs = torch.randn(3, 40, generator=generator)
+    solution = solve(LinearProblem(lambda v: v @ matrix.T, rhs, native=native), Gmres(tol=1e-3, max_steps=200))
+    v, a = solution.value.double(), matrix.double()
+    true = (rhs + v @ a.T - v).norm(dim=1) / rhs.norm(dim=1)
+    assert bool((solution.stats.residual >= 0.3 * true - 1e-3).all())
+    assert solution.outcome is not Outcome.converged or float(true.max()) < 1e-2
+
+
 @both_couplings
 @pytest.mark.parametrize("restart", [2, 30])
 def test_gmres_far_above_rounding_needs_no_product_for_its_verdict(coupled: bool, restart: int) -> None:
