@@ -96,7 +96,7 @@ class Connection(nn.Module):
     @property
     def operator(self) -> Operator | None:
         """Geometry of a known module; None for any other, also one with a forward of its own or hooks."""
-        return self._operator if _runs_as_torch_wrote_it(self.op) else None
+        return self._operator if runs_as_torch_wrote_it(self.op) else None
 
     @property
     def is_known(self) -> bool:
@@ -322,7 +322,7 @@ def cached_weights() -> AbstractContextManager[None]:
     return parametrize.cached()
 
 
-def _runs_as_torch_wrote_it(op: nn.Module) -> bool:
+def runs_as_torch_wrote_it(op: nn.Module) -> bool:
     """True where calling `op` does nothing but its linear operator with `op.weight` and `op.bias`."""
     known = next((kind for kind in KNOWN_MODULES if isinstance(op, kind)), None)
     own_hooks = 0 if get_constraint(op) is None else 1  # the one that advances the constraint

@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ide_snn.block import FeedbackSNN
 from ide_snn.bptt import Bptt
 from ide_snn.implicit import Gradient, Implicit
-from ide_snn.layers import Connection
+from ide_snn.layers import Connection, runs_as_torch_wrote_it
 from ide_snn.neurons import NeuronParams, time_average
 from ide_snn.operators import KNOWN_MODULES, Operator
 from ide_snn.precision import Precision
@@ -140,12 +141,21 @@ class FeedbackClassifier(nn.Module):
         y = self.block(x, generator=generator)
         gradient = self.block.gradient
         if not (isinstance(gradient, Bptt) and gradient.output == "spikes"):
-            return self.classifier(y.flatten(1))
+            return self._classify(y)
         if not self.training:
-            return self.classifier(time_average(y, self.block.neuron.leak, y.dtype).flatten(1))
+            return self._classify(time_average(y, self.block.neuron.leak, y.dtype))
         linear = self.classifier
         logits = apply_to_spikes(Operator.of(linear), y.flatten(0, 1).flatten(1), linear.weight, linear.bias)
         return logits.unflatten(0, y.shape[:2])
+
+    def _classify(self, rates: Tensor) -> Tensor:
+        """Logits of rates [B, *]; channels-last ones are read as they lie, with the weight's columns in that order."""
+        linear, as_it_lies = self.classifier, torch.channels_last
+        is_last = rates.dim() == 4 and not rates.is_contiguous() and rates.is_contiguous(memory_format=as_it_lies)
+        if not (is_last and runs_as_torch_wrote_it(linear)):
+            return self.classifier(rates.flatten(1))
+        weight = linear.weight.unflatten(1, rates.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+        return F.linear(rates.permute(0, 2, 3, 1).flatten(1), weight, linear.bias)
 
     def _block_input_shape(self) -> tuple[int, ...]:
         return self.input_shape

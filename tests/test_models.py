@@ -94,3 +94,22 @@ def test_the_feedback_may_have_a_kernel_of_its_own() -> None:
     assert net.block.feedback.op.weight.shape[2:] == (5, 5)
     with pytest.raises(ValueError, match="feedback_kernel_size must be odd"):
         SNNIDEConvNet((1, 8, 8), 3, feedback_kernel_size=4)
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_channels_last_rates_have_the_same_logits_and_gradients(hook: bool) -> None:
+    """Also where the classifier has hooks, which have to be called."""
+    network = SNNIDEConvNet((1, 12, 10), 5, channels=6)
+    seen: list[torch.Tensor] = []
+    if hook:
+        network.classifier.register_forward_hook(lambda _, __, logits: seen.append(logits))
+    results = []
+    for memory in (torch.contiguous_format, torch.channels_last):
+        rates = torch.rand(3, *network.population_shapes[-1], generator=torch.Generator().manual_seed(0))
+        rates = rates.to(memory_format=memory).requires_grad_()
+        logits = network._classify(rates)
+        found = torch.autograd.grad(logits.square().sum(), [rates, *network.classifier.parameters()])
+        results.append((logits, *found))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert len(seen) == 2 * hook

@@ -259,7 +259,7 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
             unit = _unit(problem)
             scaled = Workspace(replace(problem, rhs=problem.rhs / unit))
         solution = _solve(scaled, solver, None if y0 is None else y0 / unit, trace)
-        return replace(solution, value=solution.value * unit)
+        return replace(solution, value=solution.value.mul_(unit))  # nobody else has it
 
 
 def _unit(problem: LinearProblem) -> Tensor:
