@@ -139,15 +139,16 @@ def test_residuals_of_the_neumann_series_and_of_gmres() -> None:
     assert neumann == pytest.approx(expected, rel=1e-6)
     outcome, gmres = residual_per_step(problem, Gmres(tol=1e-6, max_steps=30))
     assert outcome == "converged"
-    assert len(gmres) < len(neumann)
-    assert all(a <= b * (1 + 1e-9) for a, b in zip(gmres, neumann, strict=False))
-    for k in (1, 3):  # the least residual over the Krylov space of dimension k around the first iterate b
+    assert len(gmres) - 1 < len(neumann)  # products
+    assert gmres[0] == 1  # of v = 0
+    assert all(a <= b * (1 + 1e-9) for a, b in zip(gmres[1:], neumann, strict=False))
+    for k in (1, 3):  # the least residual over the Krylov space of dimension k
         worst = 0.0
         for a, b in zip(matrix, rhs, strict=True):
-            system, start = torch.eye(30, dtype=torch.float64) - a, a @ b
-            krylov = torch.stack([torch.linalg.matrix_power(a, j) @ start for j in range(k)], dim=1)
-            y = torch.linalg.lstsq(system @ krylov, start[:, None]).solution
-            worst = max(worst, float((start[:, None] - system @ krylov @ y).norm() / b.norm()))
+            system = torch.eye(30, dtype=torch.float64) - a
+            krylov = torch.stack([torch.linalg.matrix_power(a, j) @ b for j in range(k)], dim=1)
+            y = torch.linalg.lstsq(system @ krylov, b[:, None]).solution
+            worst = max(worst, float((b[:, None] - system @ krylov @ y).norm() / b.norm()))
         assert gmres[k] == pytest.approx(worst, rel=1e-6)
 
 
@@ -160,8 +161,9 @@ def test_every_solver_is_tried_with_the_configured_tolerance() -> None:
     assert [each.solver for each in traces] == list(SOLVERS)
     assert [each.solver for each in traces if each.configured] == ["gmres"]
     assert all("tol=0.0001, max_steps=25" in each.settings for each in traces)
+    assert len({round(trace.residual[0], 12) for trace in traces}) == 2
     for each in traces:
-        assert len({round(trace.residual[0], 12) for trace in traces}) == 1
+        assert (each.residual[0] == 1) == (each.solver == "gmres")  # which starts from 0, the others from b
         assert (each.outcome == "converged") == (each.residual[-1] <= 1e-4)
         assert all(math.isfinite(value) for value in each.residual)
     assert traces[-1].outcome == "converged"
