@@ -34,8 +34,8 @@ class SolverTrace:
         settings: as text.
         configured: whether it is the block's own.
         outcome: of the whole solve.
-        residual: ||b - (I - J^T) v|| / ||b||, the worst sample's, after 0, 1, 2, ... steps. GMRES starts from v = 0, where
-            it is 1, the others from v = b.
+        residual: ||b - (I - J^T) v|| / ||b||, the worst sample's, after 0, 1, 2, ... steps. GMRES starts from v = 0,
+            where it is 1, the others from v = b.
         tol: the tolerance it stops at.
     """
 
