@@ -62,9 +62,11 @@ class _Chain(torch.autograd.Function):
         for number, link in enumerate(f.chain):
             affine = link.frozen
             assert isinstance(affine, Affine)  # event-driven paths have no others
-            response = event_driven.respond(affine, inputs[-1])
+            response = event_driven.apply(affine.operator, inputs[-1], affine.weight, affine.bias)
             into = drive if number == 0 else None
-            activation, slope, through = _slopes(response, affine.gain, into, f.neuron.v_threshold)
+            activation, slope, through = _slopes(
+                event_driven.channels_last(response), affine.gain, into, f.neuron.v_threshold
+            )
             inputs.append(activation)
             slopes.append(slope)
             first = through if number == 0 else first

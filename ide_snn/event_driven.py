@@ -141,7 +141,7 @@ class EventConnection:
     Args:
         affine: the fixed connection, see `why_not`.
         adjoint: take K^T, without bias and gain.
-        levels: round the weight to 16-bit multiples of a unit per output channel, of spikes alone (`advance`).
+        levels: round the weight to 16-bit multiples of a unit per output channel, which multiply spikes only.
     """
 
     def __init__(self, affine: Affine, *, adjoint: bool = False, levels: bool = False) -> None:
@@ -156,9 +156,8 @@ class EventConnection:
         lanes, most = (LEVEL_LANES, LEVEL_BLOCK) if levels else (LANES, MAX_BLOCK)
         self.blocks = -(-self.out_channels // (lanes if self.is_linear else most))
         self.block = -(-self.out_channels // self.blocks // lanes) * lanes
-        self.at_once = (
-            min(self.blocks, STRETCH // self.block) * self.block
-        )  # channels summed before neurons are updated
+        # channels that are summed before their neurons are updated
+        self.at_once = min(self.blocks, STRETCH // self.block) * self.block
         # The unit of an output channel is so large that 16 bits hold the sum of any of its weights, each rounded.
         self.unit = affine.weight.new_empty(self.blocks * self.block) if levels else None
         self.weight = self._packed(affine.weight, inputs_first=(operator.kind == "conv_transposed") != adjoint)
@@ -253,14 +252,6 @@ def apply(operator: Operator, x: Tensor, weight: Tensor, bias: Tensor | None) ->
         return operator.apply(x, weight, bias)
     y: Tensor = _Walk.apply(x, weight, bias, operator)
     return y
-
-
-def respond(affine: Affine, x: Tensor) -> Tensor:
-    """K x + b of a connection that `why_not` has no objection to, without its gain; channels-last, a new tensor."""
-    operator = affine.operator
-    if operator.kind == "linear" or not is_sparse(x):
-        return channels_last(operator.apply(x, affine.weight, affine.bias))
-    return EventConnection(replace(affine, gain=None))(x)
 
 
 class _Walk(torch.autograd.Function):
