@@ -2,8 +2,14 @@
 
     gain = mask / keep          keep = 1 - round(65536 p) / 65536, the probability of a 1 in the mask
 
-A mask element is one 16-bit piece of a 64-bit random number compared with a threshold, which takes a tenth of the time
-of `bernoulli_`; p is therefore a multiple of 2^-16, and the gain is that of the probability really used.
+A mask element is one 16-bit piece of a 64-bit random number compared with a threshold; p is therefore a multiple of
+2^-16, and the gain is that of the probability really used. The numbers are a function of a key, of the sample b and of
+the place j in the sample, two steps of SplitMix64 modulo 2^64,
+
+    n(b, j) = mix(mix(key + (b + 1) G) + (j + 1) G)         G = 9e3779b97f4a7c15 (hexadecimal)
+
+so that anybody can draw any part of a mask, on any device, with the same result (for the same layout in memory).
+Source: G. Steele, D. Lea & C. Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
 """
 
 from __future__ import annotations
@@ -56,8 +62,8 @@ class VariationalDropout(nn.Module):
     def draw(self, like: Tensor, generator: Generator | None = None, *, native: bool = False) -> Tensor | None:
         """Gain in {0, 1 / keep} of the shape [B, *], type, device and layout of `like`; None where it would be 1.
 
-        It is drawn from `generator`, else from the stream of a training run (`DropoutStream`), else from torch's
-        global one. Elements are drawn sample by sample, a channels-last sample [H, W, C] in its order in memory.
+        Its key is drawn from `generator`, else it is that of the training run's `DropoutStream`, else drawn from
+        torch's global generator. Elements are those of [C, H, W] in this order, of a channels-last sample [H, W, C].
         `native` allows a compiled kernel for float32 on a CPU, with the same result.
 
         Raises:
@@ -68,20 +74,25 @@ class VariationalDropout(nn.Module):
         channels_last = like.dim() == 4 and not like.is_contiguous()
         channels_last = channels_last and like.is_contiguous(memory_format=torch.channels_last)
         like = like.detach().permute(0, 2, 3, 1) if channels_last else like.detach()
-        size = math.prod(like.shape[1:])
-        numbers = (len(like), -(-size // PIECES))
-        if generator is None and self._source is not None:
-            stream, index = self._source
-            bits = stream.draw(index, numbers, like.device)
-        else:
-            bits = _random(numbers, like.device, generator)
-        gain, first = torch.empty_like(like), self._dropped - LEVELS // 2  # the first number that keeps its element
+        key, first = self._place(len(like), like.device, generator)
+        gain, least = torch.empty_like(like), self._dropped - LEVELS // 2  # the smallest number that keeps its element
         if native and _is_plain(gain) and why_unavailable("elementwise") is None:
-            _fill(gain, bits, size, first, 1 / self.keep)
+            _fill(gain, int(key), first, least, 1 / self.keep)
         else:
-            mask = bits.view(torch.int16)[:, :size] >= first
+            size = math.prod(like.shape[1:])
+            bits = random_bits(key, first, (len(like), -(-size // PIECES)), like.device)
+            mask = bits.view(torch.int16)[:, :size] >= least
             gain.copy_(mask.view(like.shape)).mul_(1 / self.keep)
         return gain.permute(0, 3, 1, 2) if channels_last else gain
+
+    def _place(self, samples: int, device: torch.device, generator: Generator | None) -> tuple[int | Tensor, int]:
+        """(key, number of the first sample) of the next mask."""
+        if generator is None and self._source is not None:
+            stream, index = self._source
+            return stream.take(index, samples)
+        # all 64 bits: random_() without bounds would leave the highest one 0
+        key = torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+        return (int(key) if device.type == "cpu" else key), 0
 
     def forward(self, x: Tensor) -> Tensor:
         gain = self.draw(x)
@@ -95,16 +106,12 @@ class VariationalDropout(nn.Module):
 
 
 class DropoutStream:
-    """Masks as a function of (seed, step, sample of the step's batch), whoever draws them.
+    """Masks as a function of (seed, step, sample of the step), whoever draws them.
 
-    Each dropout module has a generator of its own, started anew in every step from hash(seed, step, number of the
-    module in the model). It serves the samples of the step in order: those of the batches that are accumulated, and of
-    each batch all, of which a rank takes its share. So a sample gets the same mask with any number of processes, and on
-    the CPU with any division of the step into accumulated batches. (On a GPU, whose generators give other numbers to a
-    tensor of another size, the division matters.)
-
-    To draw the whole batch costs less than to find the own part of it: a CPU's generator cannot jump, and a mask takes
-    a few 1/1000 of the products that it goes with (docs/scaling.md).
+    Each dropout module has a key of its own, hash(seed, step, number of the module in the model). The samples of a step
+    are numbered in order: those of the batches that are accumulated, and of each batch all, of which a rank has its
+    share. So a sample gets the same mask with any number of processes and any division of the step into accumulated
+    batches.
 
         with stream.serving(model):
             stream.begin(step)
@@ -117,15 +124,14 @@ class DropoutStream:
             raise ValueError(f"seed must not be negative, got {seed}")
         self.seed = seed
         self._share: Share | None = None
-        self._seeds: list[int] = []
-        self._begun: dict[int, Generator] = {}
-        self._generators: dict[int, Generator] = {}
+        self._keys: list[int] = []
+        self._taken: list[int] = []
 
     @contextmanager
     def serving(self, model: nn.Module) -> Iterator[None]:
         """While entered, dropout in `model` draws from here."""
         modules = [module for module in model.modules() if isinstance(module, VariationalDropout)]
-        self._seeds = [0] * len(modules)
+        self._keys, self._taken = [0] * len(modules), [0] * len(modules)
         try:
             for index, module in enumerate(modules):
                 module._source = self, index
@@ -138,42 +144,35 @@ class DropoutStream:
         """Start the masks of a step."""
         # the 3 keeps this apart from what DeviceLoader draws from (seed, epoch)
         sequence = np.random.SeedSequence((self.seed, step, 3))
-        self._seeds = sequence.generate_state(len(self._seeds), np.uint64).tolist() if self._seeds else []
-        self._begun = {}
+        self._keys = sequence.generate_state(len(self._keys), np.uint64).view(np.int64).tolist()
+        self._taken = [0] * len(self._keys)
 
     def serve(self, share: Share) -> None:
         """The next forward has these samples of its batch."""
         self._share = share
 
-    def draw(self, index: int, size: tuple[int, int], device: torch.device) -> Tensor:
-        """Random numbers, int64 [B, n] for size (B, n), of module `index`."""
+    def take(self, index: int, samples: int) -> tuple[int, int]:
+        """(key, number of the first sample) for a mask of `samples` samples of module `index`."""
         share = self._share
         if share is None:
             raise RuntimeError("call begin and serve before the forward that draws masks")
-        rows, each = size
-        if rows != share.size and share.size != share.total:
+        if samples != share.size and share.size != share.total:
             raise ValueError(
-                f"dropout sees a batch of {rows}, but this process has {share.size} of {share.total} samples: with "
+                f"dropout sees a batch of {samples}, but this process has {share.size} of {share.total} samples: with "
                 "several processes the first dimension of what is dropped has to be that of the samples"
             )
-        total = share.total if rows == share.size else rows
-        bits = _random((total, each), device, self._generator(index, device))
-        return bits[share.first : share.end] if rows == share.size else bits
-
-    def _generator(self, index: int, device: torch.device) -> Generator:
-        if index not in self._begun:
-            generator = self._generators.get(index)
-            if generator is None or generator.device != device:
-                generator = self._generators[index] = Generator(device)
-            self._begun[index] = generator.manual_seed(self._seeds[index])
-        return self._begun[index]
+        first = self._taken[index]
+        if samples != share.size:  # of what is dropped the first dimension is not that of the samples
+            self._taken[index] += samples
+            return self._keys[index], first
+        self._taken[index] += share.total
+        return self._keys[index], first + share.first
 
 
 class _Gains(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("samples", "size", "stride", "next")),
-        *((name, ctypes.c_void_p) for name in ("bits", "gain")),
-        ("first", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("samples", "size", "next", "key", "first", "least")),
+        ("gain", ctypes.c_void_p),
         ("kept", ctypes.c_double),
     ]
 
@@ -183,13 +182,34 @@ def _is_plain(gain: Tensor) -> bool:
     return gain.is_contiguous() and gain.dtype == torch.float32 and gain.device.type == "cpu"
 
 
-def _fill(gain: Tensor, bits: Tensor, size: int, first: int, kept: float) -> None:
-    """gain [B, *] of `size` elements each = kept where the 16-bit number in `bits` [B, n] is >= first, else 0."""
-    stride = bits.stride(0) * PIECES
-    work = _Gains(len(gain), size, stride, 0, bits.data_ptr(), gain.data_ptr(), first, kept)
+def _fill(gain: Tensor, key: int, first: int, least: int, kept: float) -> None:
+    """gain [B, *] = kept where its 16 bits are >= least, else 0; its samples are numbered from `first`."""
+    size = gain.numel() // max(len(gain), 1)
+    work = _Gains(len(gain), size, 0, key, first, least, gain.data_ptr(), kept)
     on_all_threads(library("elementwise").gains, work, gain.numel())
 
 
-def _random(size: tuple[int, int], device: torch.device, generator: Generator | None) -> Tensor:
-    """int64 of all 64 bits; random_() without bounds would leave the highest one 0."""
-    return torch.empty(size, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+def random_bits(key: int | Tensor, first: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    """n(b, j) for b = first, ..., j = 0, ...: int64 of `size` [B, n].
+
+    Args:
+        key: any 64 bits, as a signed number or an int64 tensor [] on `device`.
+    """
+    rows, columns = (torch.arange(1, n + 1, dtype=torch.int64, device=device) for n in size)
+    samples = _mix((rows + first) * GAMMA + key)
+    return _mix(samples[:, None] + columns * GAMMA)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The output function of SplitMix64, in place, of int64 as 64 bits without a sign."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        # >> copies the sign, which the mask takes away
+        z.bitwise_xor_((z >> shift) & ((1 << (64 - shift)) - 1)).mul_(_signed(factor))
+    return z
+
+
+def _signed(bits: int) -> int:
+    return bits - (bits >> 63 << 64)
+
+
+GAMMA = _signed(0x9E3779B97F4A7C15)

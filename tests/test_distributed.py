@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import distributed_worker as worker
+import numpy as np
 import pytest
 import torch
 from conftest import PROJECT
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ide_snn.checkpoint import load_checkpoint
 from ide_snn.distributed import Ranks, Share
-from ide_snn.dropout import DropoutStream, VariationalDropout
+from ide_snn.dropout import DropoutStream, VariationalDropout, random_bits
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
 TRAINED = [name for name in worker.CASES if name not in ("interrupted", "per_replica", "evaluations", "refusals")]
@@ -242,10 +243,28 @@ def test_masks_have_the_probability_they_say(p: float) -> None:
         kept = (gain[:, piece::4] > 0).double()
         assert float(kept.mean()) == pytest.approx(keep, abs=5 * (keep * (1 - keep) / kept.numel()) ** 0.5)
     assert gain.unique().tolist() == pytest.approx([0, 1 / keep])
-    columns = (gain[:, :8] > 0).double() - keep
-    correlation = columns.t() @ columns / len(columns) / (keep * (1 - keep))
-    if p in (0.2, 0.5):
-        assert float((correlation - torch.eye(8)).abs().max()) < 5 / 1000**0.5
+    for columns in ((gain[:, :8] > 0).double() - keep, (gain[:8].t() > 0).double() - keep):  # elements, samples
+        correlation = columns.t() @ columns / len(columns) / (keep * (1 - keep))
+        if p in (0.2, 0.5):
+            assert float((correlation - torch.eye(8)).abs().max()) < 5 / len(columns) ** 0.5
+
+
+def split_mix(state: int, n: int) -> int:
+    """Number n = 1, 2, ... of the generator SplitMix64, in whole numbers of any length."""
+    z = (state + n * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+@pytest.mark.parametrize("key", [0, 5, -1, -(2**63), 2**63 - 1])
+def test_random_bits_are_those_of_split_mix(key: int) -> None:
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert [split_mix(1234567, n) for n in range(1, 5)] == published
+    expected = [[split_mix(split_mix(key, b + 1), j + 1) for j in range(4)] for b in (3, 4, 5)]
+    for given in (key, torch.tensor(key)):
+        bits = random_bits(given, 3, (3, 4), torch.device("cpu"))
+        assert (bits.numpy().view(np.uint64) == np.array(expected, dtype=np.uint64)).all()
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])

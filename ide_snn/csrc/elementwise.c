@@ -40,22 +40,40 @@ void slopes(Slopes *w) {
 
 typedef struct {
     int64_t samples, size;
-    int64_t stride;       /* of a sample in `bits` */
-    int64_t next;         /* sample to be taken by the next thread; starts at 0 */
-    const int16_t *bits;
-    float *gain;          /* [samples][size] */
-    int64_t first;        /* number from which on an element is kept */
+    int64_t next;       /* sample to be taken by the next thread; starts at 0 */
+    uint64_t key;
+    int64_t first;      /* number of the first sample */
+    int64_t least;      /* number from which on an element is kept */
+    float *gain;        /* [samples][size] */
     double kept;
 } Gains;
 
-/* gain = kept where a random number of 16 bits is at least `first`, else 0. */
+#define GAMMA 0x9e3779b97f4a7c15u
+#define PIECES 4    /* of 16 bits in a random number */
+#define NUMBERS 128 /* that are drawn before their elements are written */
+
+static inline uint64_t mix(uint64_t z) { /* SplitMix64 */
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
+
+/* gain = kept where 16 bits of the random numbers of ide_snn.dropout are at least `least`, else 0. */
 void gains(Gains *w) {
     int64_t some = SHARE / (w->size + 1) + 1;
+    uint64_t bits[NUMBERS] = {0};
+    int16_t pieces[NUMBERS * PIECES], least = (int16_t)w->least;
+    float kept = (float)w->kept;
     for (int64_t b; (b = some * __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->samples;)
         for (int64_t sample = b; sample < b + some && sample < w->samples; sample++) {
-            const int16_t *bits = w->bits + sample * w->stride, first = (int16_t)w->first;
-            float *gain = w->gain + sample * w->size, kept = (float)w->kept;
-            for (int64_t i = 0; i < w->size; i++) gain[i] = bits[i] >= first ? kept : 0;
+            float *gain = w->gain + sample * w->size;
+            uint64_t from = mix(w->key + (uint64_t)(w->first + sample + 1) * GAMMA);
+            for (int64_t i = 0; i < w->size; i += NUMBERS * PIECES) {
+                int64_t left = w->size - i, n = left < NUMBERS * PIECES ? left : NUMBERS * PIECES;
+                for (int64_t j = 0; j < (n + PIECES - 1) / PIECES; j++) bits[j] = mix(from += GAMMA);
+                memcpy(pieces, bits, sizeof bits);
+                for (int64_t j = 0; j < n; j++) gain[i + j] = pieces[j] >= least ? kept : 0;
+            }
         }
 }
 
