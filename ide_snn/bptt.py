@@ -31,6 +31,7 @@ from ide_snn.layers import FixedConnection
 from ide_snn.links import Folded, Link, Own, State, Statistics, make_link
 from ide_snn.neurons import NeuronParams
 from ide_snn.normalization import batch_moments
+from ide_snn.precision import without_autocast
 from ide_snn.simulation import Rates, Record, simulate
 from ide_snn.spiking import Firing, Reset, pack_bits, require_choice, require_steps, unpack_bits
 from ide_snn.surrogate import ATan, Surrogate
@@ -362,7 +363,7 @@ class _ThroughTime(torch.autograd.Function):
         for start in reversed(range(0, run.time_steps, run.segment)):
             with torch.autocast(device, dtype=dtype, enabled=enabled):
                 segment = run.charged(memory, start)
-            with torch.autocast(device, enabled=False):
+            with without_autocast(device):
                 for t, charged in reversed(list(enumerate(segment, start))):
                     sweep.step(t, charged, share if run.bptt.output == "rate" else grad[t])
                     share = share if leak == 1 else share * leak

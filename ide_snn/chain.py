@@ -115,5 +115,5 @@ def _slopes(
     slope = through if gain is None else empty_channels_last(response.shape, response)
     pointers = [None if t is None else t.data_ptr() for t in (response, gain, drive, slope, through)]
     work = _Slopes(response.numel(), 0, *pointers, threshold)
-    native.on_all_threads(native.library("elementwise").slopes, work, response.numel())
+    native.run("elementwise", "slopes", work, response.numel())
     return response, slope, through

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from ide_snn import native as compiled
 from ide_snn.distributed import Share
-from ide_snn.native import library, on_all_threads, why_unavailable
 
 __all__ = ["DropoutStream", "VariationalDropout"]
 
@@ -76,7 +76,7 @@ class VariationalDropout(nn.Module):
         like = like.detach().permute(0, 2, 3, 1) if channels_last else like.detach()
         key, first = self._place(len(like), like.device, generator)
         gain, least = torch.empty_like(like), self._dropped - LEVELS // 2  # the smallest number that keeps its element
-        if native and _is_plain(gain) and why_unavailable("elementwise") is None:
+        if native and _is_plain(gain) and compiled.why_unavailable("elementwise") is None:
             _fill(gain, int(key), first, least, 1 / self.keep)
         else:
             size = math.prod(like.shape[1:])
@@ -186,7 +186,7 @@ def _fill(gain: Tensor, key: int, first: int, least: int, kept: float) -> None:
     """gain [B, *] = kept where its 16 bits are >= least, else 0; its samples are numbered from `first`."""
     size = gain.numel() // max(len(gain), 1)
     work = _Gains(len(gain), size, 0, key, first, least, gain.data_ptr(), kept)
-    on_all_threads(library("elementwise").gains, work, gain.numel())
+    compiled.run("elementwise", "gains", work, gain.numel())
 
 
 def random_bits(key: int | Tensor, first: int, size: tuple[int, int], device: torch.device) -> Tensor:

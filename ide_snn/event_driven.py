@@ -176,7 +176,7 @@ class EventConnection:
             *(_pointer(tensor) for tensor in (weight, *targets)),
             LEVELS,
         )
-        native.on_all_threads(native.library("events").pack, work, packed.numel())
+        native.run("events", "pack", work, packed.numel())
         return packed
 
     def as_struct(self, reach: Reach, part: slice) -> _Connection:
@@ -222,7 +222,7 @@ class EventConnection:
             pointers = (_pointer(t) for t in (*tensors, None if scale is None else scale[part], y[part]))
             work = _Product(ctypes.addressof(struct), items, 0, *pointers, scratch)
             numbers = reach.taps * (x[part].numel() + y[part].numel())
-            native.on_all_threads(native.library("events").product, work, numbers)
+            native.run("events", "product", work, numbers)
         return y
 
 
@@ -339,7 +339,7 @@ def _advance(
         *(neuron.v_threshold, neuron.leak),
         scratch,
     )
-    native.on_all_threads(native.library("events").simulate, work, steps * sum(state.u.numel() for state in states))
+    native.run("events", "simulate", work, steps * sum(state.u.numel() for state in states))
 
 
 def weighted_rate(states: Sequence[State], total: float) -> Tensor:
@@ -354,7 +354,7 @@ def weighted_rate(states: Sequence[State], total: float) -> Tensor:
         *(membranes.ctypes.data, sizes.ctypes.data, weighted.data_ptr(), result.data_ptr()),
         total,
     )
-    native.on_all_threads(native.library("elementwise").rate, work, weighted.numel() + sum(s.u.numel() for s in states))
+    native.run("elementwise", "rate", work, weighted.numel() + sum(s.u.numel() for s in states))
     return result
 
 

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from ide_snn.chain import attach_written_out, has_written_out_gradient
 from ide_snn.equilibrium import AutogradLinearisation, EquilibriumMap, Linearisation
 from ide_snn.neurons import sigma
+from ide_snn.precision import without_autocast
 from ide_snn.simulation import EVENT_PATHS
 from ide_snn.solvers import ADVICE, LinearProblem, Outcome, Solution, Solver, SolverWarning, solve
 
@@ -157,7 +158,7 @@ def solve_implicitly(
     jacobian: Linearisation, g: Tensor, coupled: bool, native: bool, solver: Solver, hooks: tuple[SolveHook, ...]
 ) -> Tensor:
     """v with (I - J^T) v = g; tells the hooks, and everybody if it failed."""
-    with torch.autocast(g.device.type, enabled=False):
+    with without_autocast(g.device.type):
         solution = solve(LinearProblem(jacobian.rmatvec, g, coupled, native), solver)
     for hook in hooks:
         hook(solution)

@@ -34,6 +34,7 @@ from ide_snn.normalization import (
 )
 from ide_snn.operators import KNOWN_MODULES, Operator
 from ide_snn.optimizations import constrain, get_constraint, raw_weight, update_constraints
+from ide_snn.precision import without_autocast
 
 Apply = Callable[[Operator, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -112,8 +113,11 @@ class Connection(nn.Module):
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the response, without the batch, to an input of `shape` [C, H, W] or [C]."""
-        if self.operator is not None:
-            return _pooled(self.operator.output_shape(shape), self.pool)
+        return self._output_shape(self.operator, shape)
+
+    def _output_shape(self, operator: Operator | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if operator is not None:
+            return _pooled(operator.output_shape(shape), self.pool)
         if shape not in self._probed:
             self._probed[shape] = self._require_affine(shape)
         return _pooled(self._probed[shape], self.pool)
@@ -146,7 +150,7 @@ class Connection(nn.Module):
             update_constraints(self.op, recurse=operator is None)
             if operator is None:
                 _advance_parametrizations(self.op)
-        output = self.output_shape(shape)
+        output = self._output_shape(operator, shape)
         layout = torch.channels_last if native and len(output) == 3 else torch.contiguous_format
         template = torch.empty(len(like), *output, dtype=like.dtype, device=like.device, memory_format=layout)
         gain = self.dropout.draw(template, generator, native=native)
@@ -163,7 +167,7 @@ class Connection(nn.Module):
         with (
             torch.no_grad(),
             frozen_statistics(self.op),
-            torch.autocast(like.device.type, enabled=False),
+            without_autocast(like.device.type),
         ):
             mixed, separate = self.op(0.75 * x + 0.25 * y), 0.75 * self.op(x) + 0.25 * self.op(y)
         tolerance = 1e3 * torch.finfo(mixed.dtype).eps * float(separate.abs().max())
@@ -324,14 +328,11 @@ def cached_weights() -> AbstractContextManager[None]:
 
 def runs_as_torch_wrote_it(op: nn.Module) -> bool:
     """True where calling `op` does nothing but its linear operator with `op.weight` and `op.bias`."""
-    known = next((kind for kind in KNOWN_MODULES if isinstance(op, kind)), None)
-    own_hooks = 0 if get_constraint(op) is None else 1  # the one that advances the constraint
-    return (
-        known is not None
-        and type(op).forward is known.forward
-        and not op._forward_hooks
-        and len(op._forward_pre_hooks) <= own_hooks
-    )
+    forward = type(op).forward
+    if op._forward_hooks or not any(isinstance(op, kind) and forward is kind.forward for kind in KNOWN_MODULES):
+        return False
+    # a constraint has one, which advances it
+    return not op._forward_pre_hooks or (len(op._forward_pre_hooks) == 1 and get_constraint(op) is not None)
 
 
 @torch.no_grad()

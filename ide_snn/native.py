@@ -80,8 +80,8 @@ def why_unavailable(name: str) -> str | None:
     return None
 
 
-def on_all_threads(kernel: Any, work: ctypes.Structure, elements: int) -> None:
-    """Runs `kernel(work)` of a library on as many threads as torch uses, those of torch itself where they can be had.
+def run(name: str, kernel: str, work: ctypes.Structure, elements: int) -> None:
+    """Runs `kernel(work)` of csrc/`name`.c on as many threads as torch uses, torch's own where they can be had.
 
     Threads of our own would share the processors with torch's, which wait actively for their next work.
 
@@ -89,28 +89,41 @@ def on_all_threads(kernel: Any, work: ctypes.Structure, elements: int) -> None:
         kernel: a C function of one pointer, whose callers share the work among them.
         work: what it points to.
         elements: numbers that are read or written; few are left to the calling thread.
+
+    Raises:
+        NativeUnavailable: see `library`.
     """
+    function, address = _kernel(name, kernel)
     threads, argument = torch.get_num_threads(), ctypes.byref(work)
     if elements < WORTH_THREADS or threads == 1:
-        kernel(argument)
+        function(argument)
         return
     team = _torch_threads()
     if team is not None:
-        team(ctypes.cast(kernel, ctypes.c_void_p), argument, ctypes.c_uint(threads), ctypes.c_uint(0))
+        team(address, argument, threads, 0)
         return
-    others = [threading.Thread(target=kernel, args=(argument,), daemon=True) for _ in range(threads - 1)]
+    others = [threading.Thread(target=function, args=(argument,), daemon=True) for _ in range(threads - 1)]
     for thread in others:
         thread.start()
-    kernel(argument)
+    function(argument)
     for thread in others:
         thread.join()
+
+
+@functools.cache
+def _kernel(name: str, kernel: str) -> tuple[Any, ctypes.c_void_p]:
+    """The function and its address."""
+    function = getattr(library(name), kernel)
+    return function, ctypes.cast(function, ctypes.c_void_p)
 
 
 @functools.cache
 def _torch_threads() -> Any:
     """`GOMP_parallel(function, data, threads, flags)` of the OpenMP runtime that torch has loaded, or None."""
     try:
-        return ctypes.CDLL(None).GOMP_parallel
+        team = ctypes.CDLL(None).GOMP_parallel
+        team.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        return team
     except (AttributeError, OSError, TypeError):  # another runtime, or a system without a global namespace
         return None
 

@@ -36,6 +36,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from ide_snn.operators import Operator
+from ide_snn.precision import without_autocast
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +140,8 @@ class PowerIteration(NormConstraint):
 
     @torch.no_grad()
     def update(self, weight: Tensor) -> None:
-        with torch.autocast(weight.device.type, enabled=False):
-            self.v.copy_(_unit(self.adjoint_times(weight, self.times(weight, self.v))))
+        with without_autocast(weight.device.type):
+            self.v.copy_(_unit(self.adjoint_times(weight, self.u)))
             self.u.copy_(_unit(self.times(weight, self.v)))
 
     @torch.no_grad()
@@ -153,6 +154,8 @@ class PowerIteration(NormConstraint):
         """
         start = torch.randn(self.v.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.v.copy_(self._leading(weight, start.to(weight.device))[1])
+        with without_autocast(weight.device.type):
+            self.u.copy_(_unit(self.times(weight, self.v)))
         self.update(weight)
 
     def _leading(self, weight: Tensor, start: Tensor) -> tuple[float, Tensor]:
@@ -163,7 +166,7 @@ class PowerIteration(NormConstraint):
             moved = torch.from_numpy(x.copy()).to(weight.device).view(v.shape)
             return self.adjoint_times(weight, self.times(weight, moved)).flatten().cpu().numpy()
 
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(weight.device.type):
             n = v.numel()
             if n > 1:  # ARPACK looks for fewer vectors than there are dimensions
                 operator = LinearOperator((n, n), matvec=gram, dtype=np.float64)
@@ -177,7 +180,7 @@ class PowerIteration(NormConstraint):
         return weight
 
     def norm(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device.type):
             # clones: a later update must not change what autograd has saved of this forward
             return (self.u.clone() * self.times(weight, self.v.clone())).sum()
 
@@ -216,7 +219,7 @@ class SpectralMatrix(PowerIteration):
     """||W||_2 of W reshaped to (output channels, rest), the paper's norm."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device.type):
             product: Tensor = _OfUnitNorm.apply(weight, self.alpha, self)
         return product
 
@@ -364,9 +367,11 @@ def _update_before_training_forward(module: nn.Module, _inputs: object) -> None:
 
 def get_constraint(module: nn.Module) -> NormConstraint | None:
     """The constraint on `module.weight`, or None."""
-    if not parametrize.is_parametrized(module, "weight"):
+    # what parametrize.is_parametrized asks, without torch's search for an attribute that most modules do not have
+    parametrizations = module._modules.get("parametrizations")
+    if not isinstance(parametrizations, nn.ModuleDict) or "weight" not in parametrizations:
         return None
-    return next((p for p in module.parametrizations["weight"] if isinstance(p, NormConstraint)), None)  # type: ignore[index]
+    return next((p for p in parametrizations["weight"].children() if isinstance(p, NormConstraint)), None)
 
 
 def raw_weight(module: nn.Module) -> Tensor:

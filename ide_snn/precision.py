@@ -12,7 +12,10 @@ Where the machine lacks what a precision needs, the dense products are taken and
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
+
+import torch
 
 Precision = Literal["float32", "exact", "fast"]
 
@@ -21,3 +24,9 @@ def require_precision(value: str) -> None:
     """Raises ValueError unless `value` is one."""
     if value not in get_args(Precision):
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {value!r}")
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Scope in which torch computes in the types it is given."""
+    # entering torch's scope costs as much as a small product: only where there is something to leave
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

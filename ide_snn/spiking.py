@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from ide_snn.neurons import NeuronParams
 from ide_snn.operators import Operator
+from ide_snn.precision import without_autocast
 from ide_snn.surrogate import ATan, Surrogate
 
 Reset = Literal["soft", "hard"]
@@ -285,6 +286,6 @@ class _OnSpikes(torch.autograd.Function):
     def backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:
         bits, weight = ctx.saved_tensors
         spikes = unpack_bits(bits, ctx.shape, weight.dtype)
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y.device.type):
             y = y.to(weight.dtype)
             return *operator_gradients(ctx.operator, spikes, y, weight, ctx.needs_input_grad[:3]), None

@@ -17,6 +17,7 @@
 #define SUMS 4 /* independent partial sums hide the latency of an addition */
 
 typedef float Lanes __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef double Wide __attribute__((vector_size(8 * WIDTH)));
 
 typedef struct {
     int64_t groups, n;   /* of the vectors [groups][n] */
@@ -51,8 +52,9 @@ static double dot(int64_t n, const float *x, const float *y) {
     for (; i + SUMS * WIDTH <= n; i += SUMS * WIDTH)
         for (int k = 0; k < SUMS; k++) sums[k] += *(const Lanes *)(x + i + k * WIDTH) * *(const Lanes *)(y + i + k * WIDTH);
     double total = 0;
-    for (int k = 0; k < SUMS; k++)
-        for (int j = 0; j < WIDTH; j++) total += sums[k][j];
+    Wide wide = {0};
+    for (int k = 0; k < SUMS; k++) wide += __builtin_convertvector(sums[k], Wide);
+    for (int j = 0; j < WIDTH; j++) total += wide[j];
     for (; i < n; i++) total += (double)x[i] * y[i];
     return total;
 }
@@ -97,13 +99,14 @@ void rescale(Work *w) {
  * rotations (cos, sin) [m][2], and the right-hand side [m + 1] of min ||beta e_1 - H c||. */
 static double *state_of(const Work *w, int64_t g) { return w->state + g * (w->m * w->m + 3 * w->m + 1); }
 
-/* Starts the spaces: y becomes q_1 = y / ||y||, 0 where y is. */
+/* Starts the spaces: y becomes q_1 = b / ||b||, 0 where b is. */
 void start(Work *w) {
     FOR_GROUPS(w) {
+        const float *b = w->b + g * w->n;
         float *q = w->y + g * w->n;
-        double length = sqrt(dot(w->n, q, q));
+        double length = sqrt(dot(w->n, b, b));
         float factor = length == 0 ? 0.0f : (float)(1 / length);
-        for (int64_t i = 0; i < w->n; i++) q[i] *= factor;
+        for (int64_t i = 0; i < w->n; i++) q[i] = b[i] * factor;
         state_of(w, g)[w->m * w->m + 2 * w->m] = length;
     }
 }
@@ -153,7 +156,7 @@ void extend(Work *w) {
     }
 }
 
-/* y += c_1 q_1 + ... + c_k q_k with R c = right; a useless direction gets 0. The residual, the basis q_1..q_{k+1} times
+/* y = b (NULL: 0) + c_1 q_1 + ... + c_k q_k with R c = right; a useless direction gets 0. The residual, the basis q_1..q_{k+1} times
  * the right-hand side that is left with its rotations turned back, overwrites q_{k+1}; norm [groups] is its length, and
  * unit [groups] that of y. */
 void finish(Work *w) {
@@ -173,7 +176,11 @@ void finish(Work *w) {
         for (int64_t j = 0; j < k; j++) {
             const float *q = w->basis[j] + g * n;
             float share = (float)c[j], of_rest = (float)(j ? rotation[2 * j - 2] : rest[0]);
-            for (int64_t i = 0; i < n; i++) y[i] += share * q[i];
+            const float *before = j ? y : w->b ? w->b + g * n : 0;
+            if (before)
+                for (int64_t i = 0; i < n; i++) y[i] = before[i] + share * q[i];
+            else
+                for (int64_t i = 0; i < n; i++) y[i] = share * q[i];
             for (int64_t i = 0; i < n; i++) left[i] += of_rest * q[i];
         }
         w->norm[g] = (float)sqrt(dot(n, left, left));

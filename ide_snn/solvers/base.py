@@ -159,7 +159,7 @@ class FromZero(Protocol):
     """A method for linear problems that starts from y = 0, whose residual b needs no product, instead of from y = b."""
 
     def first(self, b: Tensor, budget: int) -> Advance:
-        """From y = 0 in at most `budget` steps; b [G, N] may be overwritten."""
+        """From y = 0 in at most `budget` steps; b [G, N] is not changed."""
         ...
 
 
@@ -304,7 +304,7 @@ def _solve(work: Workspace, solver: Solver, y0: Tensor | None, keep_trace: bool)
     if isinstance(method, FromZero) and y0 is None:
         progress.first = _relative(work.rhs_norm, work.rhs_norm)
         trace.append(_largest(progress.first))
-        now = method.first(start.clone(), solver.max_steps)
+        now = method.first(start, solver.max_steps)
     while True:
         y, steps, products = now.y, steps + now.steps, products + now.products
         if now.residual is None:
@@ -341,6 +341,9 @@ def _relative(absolute: Array, scale: Array) -> Array:
     # b = 0 has the solution v = 0 with residual 0 exactly. f(z) = 0 at some z, silent neurons, is nothing
     # infinite: there the residual is measured against z, which makes it 1
     known = scale > 0
+    if known.all() and np.isfinite(scale).all():
+        quotient: Array = absolute / scale
+        return quotient
     with np.errstate(invalid="ignore"):  # infinity in units of infinity is no number
         return np.where(known, absolute / np.where(known, scale, 1.0), np.where(absolute > 0, 1.0, absolute))
 

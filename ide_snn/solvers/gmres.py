@@ -110,7 +110,7 @@ class _TorchKrylov:
     """By torch operations and, for the small least-squares problem, numpy: any device and type."""
 
     def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
-        basis, beta = _normalise_(r)
+        basis, beta = _normalise_(r.clone())
         self.vectors, self.passes, self.noise = [basis], passes, noise
         self.problem = _LeastSquares(beta.double().cpu().numpy(), dimensions, noise)
 

@@ -36,12 +36,13 @@ def residual_(b: Tensor, y: Tensor, image: Tensor) -> tuple[Tensor, Array]:
 
 
 class NativeKrylov:
-    """The Krylov space of r under (1 - A), and the least-squares problem in it; as `gmres.Krylov`. Overwrites r."""
+    """The Krylov space of r under (1 - A), and the least-squares problem in it; as `gmres.Krylov`."""
 
     def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
-        self.vectors = [r]
+        newest = torch.empty_like(r)
+        self.vectors = [newest]
         self._state = np.empty(len(r) * (dimensions**2 + 3 * dimensions + 1))
-        self._basis = np.array([r.data_ptr()] + [0] * dimensions, dtype=np.uintp)
+        self._basis = np.array([newest.data_ptr()] + [0] * dimensions, dtype=np.uintp)
         self._norm = np.empty(len(r), dtype=np.float32)
         self._work = _Work(
             groups=r.shape[0],
@@ -49,7 +50,8 @@ class NativeKrylov:
             m=dimensions,
             passes=passes,
             noise=noise,
-            y=r.data_ptr(),
+            b=r.data_ptr(),
+            y=newest.data_ptr(),
             basis=self._basis.ctypes.data,
             state=self._state.ctypes.data,
             norm=self._norm.ctypes.data,
@@ -72,11 +74,11 @@ class NativeKrylov:
         return self._norm.astype(np.float64)
 
     def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array, Array]:
-        y = torch.zeros_like(self.newest) if y is None else y.clone()
-        length = np.empty(len(y), dtype=np.float32)
-        self._work.y, self._work.unit = y.data_ptr(), length.ctypes.data
+        result, length = torch.empty_like(self.newest), np.empty(len(self.newest), dtype=np.float32)
+        self._work.b = None if y is None else y.data_ptr()
+        self._work.y, self._work.unit = result.data_ptr(), length.ctypes.data
         _call("finish", self._work, 2 * self.size)
-        return y, self.newest, self._norm.astype(np.float64), length.astype(np.float64)
+        return result, self.newest, self._norm.astype(np.float64), length.astype(np.float64)
 
 
 def _once(name: str, rows: Tensor, **tensors: Tensor) -> Array:
@@ -89,4 +91,4 @@ def _once(name: str, rows: Tensor, **tensors: Tensor) -> Array:
 
 def _call(name: str, work: _Work, passes_over_memory: int) -> None:
     work.next = 0
-    native.on_all_threads(getattr(native.library("krylov"), name), work, passes_over_memory * work.groups * work.n)
+    native.run("krylov", name, work, passes_over_memory * work.groups * work.n)
