@@ -28,6 +28,7 @@ from ide_snn.data import DataError
 from ide_snn.hydra_tools import quote
 from ide_snn.models import FeedbackClassifier
 from ide_snn.optim import set_learning_rate
+from ide_snn.precision import products_rounded
 from ide_snn.schemas import Config
 from ide_snn.solvers import SolveStats
 
@@ -94,7 +95,12 @@ class Setting:
 
 
 class Network:
-    """A training step: forward, cross entropy, backward, and the optimizer that the configuration names."""
+    """A training step: forward, cross entropy, backward, and the optimizer that the configuration names.
+
+    On a GPU peers may use TF32, ours as its precision says.
+    """
+
+    rounding = "fast"
 
     def __init__(self, model: nn.Module, config: Config) -> None:
         self.config = config
@@ -102,9 +108,10 @@ class Network:
         self.optimizer = build_optimizer(config, self.model)
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        self.optimizer.zero_grad()
-        F.cross_entropy(self.model(x), y).backward()
-        self.optimizer.step()
+        with products_rounded(self.rounding):
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.model(x), y).backward()
+            self.optimizer.step()
 
     @torch.no_grad()
     def evaluate(self, x: Tensor) -> Tensor:
@@ -140,6 +147,7 @@ class Ours(Network):
         if not isinstance(model, FeedbackClassifier):
             raise ValueError("steps are measured of feedback networks: method=dsr has none")
         super().__init__(model, config)
+        self.rounding = config.precision.name
         self.solves: list[tuple[Outcome, SolveStats]] = []
         model.block.register_solve_hook(lambda s: self.solves.append((s.outcome, s.stats)))
 

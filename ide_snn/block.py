@@ -19,7 +19,7 @@ from ide_snn.kernels import available
 from ide_snn.layers import Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, step_, time_average
 from ide_snn.operators import Operator
-from ide_snn.precision import Precision, require_precision
+from ide_snn.precision import Precision, products_rounded, require_precision, why_no_tf32
 from ide_snn.simulation import Path, Rates, Record, simulate
 from ide_snn.solvers import SOLVERS, Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
 
@@ -29,6 +29,7 @@ PATHS = {  # as the log says them
     "events": "event-driven float32",
     "events16": "event-driven, 16-bit weights",
     "fused": "dense products, fused neuron kernel",
+    "fused_tf32": "dense products in TF32, fused neuron kernel",
 }
 SimulationHook = Callable[[Rates], None]
 
@@ -105,15 +106,16 @@ class FeedbackSNN(nn.Module):
 
     def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Rates of the last population [B, *]; `generator` is for the dropout masks."""
-        moment = self._prepare(x, generator)
-        record, value = Record(spike_fraction=bool(self._simulation_hooks)), None
-        if isinstance(self.gradient, Bptt):
-            rates, value = moment.through_time(self.gradient, record)
-        else:
-            rates = moment.simulate(record)
-        for hook in self._simulation_hooks.values():
-            hook(rates)
-        return self._attach(rates.last, moment.map) if value is None else value
+        with products_rounded(self.precision):
+            moment = self._prepare(x, generator)
+            record, value = Record(spike_fraction=bool(self._simulation_hooks)), None
+            if isinstance(self.gradient, Bptt):
+                rates, value = moment.through_time(self.gradient, record)
+            else:
+                rates = moment.simulate(record)
+            for hook in self._simulation_hooks.values():
+                hook(rates)
+            return self._attach(rates.last, moment.map) if value is None else value
 
     def simulate(
         self,
@@ -127,7 +129,7 @@ class FeedbackSNN(nn.Module):
         In training mode the constraints advance and the input stage's running statistics are updated, as in a
         forward; call it in evaluation mode to look without touching. The chain uses running statistics.
         """
-        with torch.no_grad():
+        with torch.no_grad(), products_rounded(self.precision):
             return self._prepare(x, generator).simulate(record)
 
     def equilibrium(
@@ -144,7 +146,10 @@ class FeedbackSNN(nn.Module):
         Raises:
             ValueError: with `Bptt`, which has no gradient for it, unless gradients are disabled.
         """
-        moment = self._prepare(x, generator)
+        with products_rounded(self.precision):
+            return self._solved_equilibrium(self._prepare(x, generator), x, solver)
+
+    def _solved_equilibrium(self, moment: _Moment, x: Tensor, solver: Solver) -> tuple[Tensor, Solution]:
         with torch.no_grad():
             start = moment.drive_value.new_zeros(x.shape[1 if self.input_has_time else 0], *moment.shapes[-1])
             solution = solve(FixedPointProblem(lambda a: moment.map(a, "running"), start), solver)
@@ -211,7 +216,10 @@ class FeedbackSNN(nn.Module):
         """The path for `precision` exact or fast, and why it is not the one that was asked for."""
         if device.type == "cuda":
             kernel = available(device)
-            return ("fused", None) if kernel.backend == "triton" else ("dense", kernel.reason)
+            if kernel.backend != "triton":
+                return "dense", kernel.reason
+            reason = None if self.precision == "exact" else why_no_tf32(device)
+            return ("fused" if self.precision == "exact" or reason else "fused_tf32"), reason
         if torch.is_autocast_enabled("cpu"):
             return "dense", "autocast is on"
         maps = [link.frozen for link in links]
@@ -241,7 +249,7 @@ class FeedbackSNN(nn.Module):
         input_shape = tuple(x.shape[2 if self.input_has_time else 1 :])
         shapes = self.population_shapes(input_shape)
         like = self._state_like(x)
-        native = self.precision != "float32" and like.device.type == "cpu"
+        native = self.precision != "float32" and (like.device.type == "cpu" or self.precision == "fast")
         links = [
             connection.prepare(shape, like, generator, native=native)
             for connection, shape in zip((self.input, *self.layers, self.feedback), (input_shape, *shapes), strict=True)
@@ -333,7 +341,7 @@ class _Moment:
 
         frames = Frames(x, mean_input, first) if block.input_has_time else None
         path = block.path_for((feedback, *layers), value.device)
-        f = EquilibriumMap(feedback, tuple(layers), drive, block.neuron, path)
+        f = EquilibriumMap(feedback, tuple(layers), drive, block.neuron, path, block.precision)
         return cls(block, f, value, at, shapes, frames)
 
     def simulate(self, record: Record) -> Rates:

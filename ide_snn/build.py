@@ -123,6 +123,11 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return _build("optimizer", OPTIMIZERS, config.optimizer, params=model.parameters(), fused=True)
 
 
+def precision_of(config: Config) -> str:
+    """The precision that is used: the others than float32 are for implicit differentiation."""
+    return config.precision.name if config.method.name == "ide" else "float32"
+
+
 def build_model(config: Config) -> FeedbackClassifier | DSRClassifier:
     """The network, with initial weights drawn from `config.seed`; needs no data.
 
@@ -142,7 +147,7 @@ def build_model(config: Config) -> FeedbackClassifier | DSRClassifier:
         return _build_dsr(config, config.method, shape, common)
     network = _choose("model.network", NETWORKS, config.model.network)
     parts = {"neuron": build_neuron(config), "solver": build_solver(config), "gradient": build_gradient(config)}
-    precision = config.precision.name if config.method.name == "ide" else "float32"
+    precision = precision_of(config)
     with _naming("precision"):
         require_precision(precision)
     with _naming("model"):

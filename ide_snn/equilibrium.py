@@ -24,6 +24,7 @@ from ide_snn.layers import Affine, FixedConnection
 from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
 from ide_snn.operators import Operator
+from ide_snn.precision import Precision
 from ide_snn.simulation import EVENT_PATHS, Path
 
 Products = Literal["auto", "analytic", "autograd"]
@@ -59,6 +60,7 @@ class EquilibriumMap:
         neuron: threshold and leak (f depends on the threshold only).
         path: how the simulation was computed; with events the analytic products of J with convolutions skip the zeros
             of the slopes, and solves use compiled vector work.
+        precision: of float32 products on a GPU, see `ide_snn.precision`.
     """
 
     feedback: FixedConnection
@@ -66,6 +68,7 @@ class EquilibriumMap:
     drive: Tensor
     neuron: NeuronParams
     path: Path = "dense"
+    precision: Precision = "float32"
 
     @property
     def chain(self) -> tuple[FixedConnection, ...]:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from ide_snn.chain import attach_written_out, has_written_out_gradient
 from ide_snn.equilibrium import AutogradLinearisation, EquilibriumMap, Linearisation
 from ide_snn.neurons import sigma
-from ide_snn.precision import without_autocast
+from ide_snn.precision import products_rounded, without_autocast
 from ide_snn.simulation import EVENT_PATHS
 from ide_snn.solvers import ADVICE, LinearProblem, Outcome, Solution, Solver, SolverWarning, solve
 
@@ -99,8 +99,14 @@ def attach_gradient(
     # (batch statistics, own modules), or just its activations (known connections).
     shared = gradient.jacobian_at == "rate" and (couples or not f.couples_samples)
     by_graph = shared and (couples or not f.is_known)
+
+    def solved(jacobian: Linearisation, g: Tensor) -> Tensor:
+        with products_rounded(f.precision), without_autocast(g.device.type):
+            problem = LinearProblem(jacobian.rmatvec, g, couples, native=f.path in EVENT_PATHS)
+            return _solve_and_tell(problem, solver, hooks)
+
     if shared and has_written_out_gradient(f):
-        return attach_written_out(rates, f, lambda j, g: solve_implicitly(j, g, False, True, solver, hooks))
+        return attach_written_out(rates, f, solved)
     jacobian = None if shared else _jacobian(rates, f, gradient)
     # (as a leaf the point collects a gradient nobody reads: one product, the price of sharing the graph)
     point = rates.detach().requires_grad_(by_graph)
@@ -110,7 +116,7 @@ def attach_gradient(
         return rates
     if jacobian is None:
         jacobian = AutogradLinearisation(point, image) if by_graph else f.linearise_by(activations)
-    splice: Tensor = _FixedPointGradient.apply(image, rates, jacobian, solver, couples, hooks, f.path in EVENT_PATHS)
+    splice: Tensor = _FixedPointGradient.apply(image, rates, jacobian, solved)
     return splice
 
 
@@ -134,32 +140,23 @@ class _FixedPointGradient(torch.autograd.Function):
         _image: Tensor,
         rates: Tensor,
         jacobian: Linearisation,
-        solver: Solver,
-        coupled: bool,
-        hooks: tuple[SolveHook, ...],
-        native: bool,
+        solved: Callable[[Linearisation, Tensor], Tensor],
     ) -> Tensor:
-        ctx.solve = jacobian, solver, coupled, hooks
+        ctx.jacobian, ctx.solved = jacobian, solved
         ctx.channels_last = rates.dim() == 4 and rates.is_contiguous(memory_format=torch.channels_last)
-        ctx.native = native
         return rates.clone()  # a view would refuse in-place operations behind the block
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        jacobian, solver, coupled, hooks = ctx.solve
         if ctx.channels_last:  # as the slopes: every product would convert it
             cotangent = cotangent.contiguous(memory_format=torch.channels_last)
-        v = solve_implicitly(jacobian, cotangent, coupled, ctx.native, solver, hooks)
-        return v, None, None, None, None, None, None
+        return ctx.solved(ctx.jacobian, cotangent), None, None, None
 
 
-def solve_implicitly(
-    jacobian: Linearisation, g: Tensor, coupled: bool, native: bool, solver: Solver, hooks: tuple[SolveHook, ...]
-) -> Tensor:
-    """v with (I - J^T) v = g; tells the hooks, and everybody if it failed."""
-    with without_autocast(g.device.type):
-        solution = solve(LinearProblem(jacobian.rmatvec, g, coupled, native), solver)
+def _solve_and_tell(problem: LinearProblem, solver: Solver, hooks: tuple[SolveHook, ...]) -> Tensor:
+    """The solution; tells the hooks, and everybody if it failed."""
+    solution = solve(problem, solver)
     for hook in hooks:
         hook(solution)
     if solution.outcome is not Outcome.converged:

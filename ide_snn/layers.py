@@ -143,7 +143,7 @@ class Connection(nn.Module):
             shape: of the input, without the batch.
             like: a tensor [B, *] of the state's dtype and device; only B, dtype and device are read.
             generator: for the dropout gain.
-            native: prepare for compiled kernels: gains of convolutions are channels-last, and drawn by one.
+            native: prepare for compiled kernels: gains of convolutions are channels-last, and on a CPU drawn by one.
         """
         operator = self.operator
         if self.training:

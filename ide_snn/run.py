@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ide_snn.build import precision_of
 from ide_snn.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights, write_atomically
 from ide_snn.config import (
     ConfigError,
@@ -35,6 +36,7 @@ from ide_snn.distributed import Ranks, in_job, local_rank, process_group
 from ide_snn.dsr_network import DSRClassifier
 from ide_snn.evaluation import evaluate
 from ide_snn.models import FeedbackClassifier
+from ide_snn.precision import round_products
 from ide_snn.reporting import versions, write_json
 from ide_snn.schemas import Config, EvaluateConfig, EventDatasetConfig, PredictConfig
 from ide_snn.training import FitResult, fit
@@ -64,6 +66,7 @@ def train(config: Config, run_dir: Path) -> FitResult:
 
 def _train(config: Config, run_dir: Path, device: torch.device, ranks: Ranks) -> FitResult:
     schedule = build_schedule(config)
+    round_products(precision_of(config))
     torch.manual_seed(config.seed)
     model = build_model(config)
     optimizer = build_optimizer(config, model.to(device))
@@ -128,7 +131,7 @@ def _load_in_turn(config: Config, ranks: Ranks) -> Dataset:
 
 
 def _prepare_device(name: str) -> torch.device:
-    """The device; on a GPU, float32 convolutions in full precision, which torch by default rounds to TF32.
+    """The device; on a GPU, with float32 products in full precision: torch by default rounds convolutions to TF32.
 
     Of several processes each has the GPU of its number on the machine.
 
@@ -138,7 +141,7 @@ def _prepare_device(name: str) -> torch.device:
     device = resolve_device(name)
     if device.type != "cuda":
         return device
-    torch.backends.cudnn.allow_tf32 = False
+    round_products("float32")
     if not in_job():
         return device
     if device.index is not None:

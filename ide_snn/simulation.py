@@ -22,8 +22,10 @@ from ide_snn.layers import Affine, cached_weights
 from ide_snn.neurons import NeuronParams, step_
 
 Advance = Callable[[Tensor, Tensor, Tensor, NeuronParams], None]
-Path = Literal["dense", "fused", "events", "events16"]
+Path = Literal["dense", "fused", "fused_tf32", "events", "events16"]
 EVENT_PATHS = ("events", "events16")
+FUSED_PATHS = ("fused", "fused_tf32")
+CHANNELS_LAST_PATHS = (*EVENT_PATHS, "fused_tf32")  # the layout of tensor cores, too
 
 
 class Map(Protocol):
@@ -95,7 +97,7 @@ class _Population:
         self, shape: tuple[int, ...], like: Tensor, leak: float, path: Path, *, rate: bool, count: bool
     ) -> None:
         def zeros(dtype: torch.dtype = like.dtype) -> Tensor:
-            if path in EVENT_PATHS:
+            if path in CHANNELS_LAST_PATHS:
                 return event_driven.empty_channels_last(shape, like, dtype).zero_()
             return torch.zeros(shape, dtype=dtype, device=like.device)
 
@@ -156,6 +158,7 @@ def simulate(
             for the populations in their order, step by step. Of the dense path.
         path: "dense" takes the maps' own products and torch operations. "fused" has the same products and one kernel
             for the neurons and their accumulators (`ide_snn.kernels`), with the same rounding; `advance` is not used.
+            "fused_tf32" is that in channels-last memory; the caller allows TF32 (`ide_snn.precision`).
             "events" walks over the spikes (`ide_snn.event_driven`, float32 on a CPU, where `why_not` is None); the
             sums are the same in another order. "events16" does so with weights in 16-bit multiples of a unit per output
             channel, whose sums are exact.
@@ -181,7 +184,7 @@ def simulate(
         if path in EVENT_PATHS:
             engine = _Events((feedback, *layers), populations, neuron, levels=path == "events16")
         else:
-            engine = _Dense((feedback, *layers), populations, neuron, None if path == "fused" else advance)
+            engine = _Dense((feedback, *layers), populations, neuron, None if path in FUSED_PATHS else advance)
         watcher = _Watcher(populations, neuron, record)
         # all steps at once where nobody looks in between
         stride = 1 if callable(drive) or watcher.looks else time_steps
@@ -203,10 +206,16 @@ class _Dense:
         self, maps: Sequence[Map], populations: Sequence[_Population], neuron: NeuronParams, advance: Advance | None
     ) -> None:
         self.maps, self.populations, self.neuron, self.advance = maps, populations, neuron, advance
+        if populations[0].path in CHANNELS_LAST_PATHS:  # otherwise every product would convert its weight
+            self.maps = [
+                replace(link, weight=event_driven.channels_last(link.weight)) if isinstance(link, Affine) else link
+                for link in maps
+            ]
 
     def run(self, x: Tensor, start: int, steps: int) -> None:
         feedback, *layers = self.maps
         first, *others = self.populations
+        x = in_layout_of(first.u, x) if self.advance is None else x
         for t in range(start, start + steps):
             if t > 0 or not feedback.is_silent_at_zero:
                 spikes = self._step(first, feedback, self.populations[-1].spikes, x)

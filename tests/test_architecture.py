@@ -14,6 +14,7 @@ PACKAGE = PROJECT / "ide_snn"
 LAYERS = [
     "distributed",
     "native",
+    "precision",
     "neurons",
     "kernels",
     "graphs",
@@ -31,7 +32,6 @@ LAYERS = [
     "links",
     "event_driven",
     "simulation",
-    "precision",
     "equilibrium",
     "chain",
     "bptt",

@@ -20,6 +20,7 @@ from ide_snn.bptt import Bptt
 from ide_snn.event_driven import EventConnection
 from ide_snn.layers import Affine, Connection
 from ide_snn.operators import Operator
+from ide_snn.precision import Precision, products_rounded
 from ide_snn.simulation import Record, simulate
 from ide_snn.solvers import LinearProblem, Outcome, solve
 from ide_snn.solvers.vectors import NativeKrylov
@@ -161,6 +162,40 @@ def test_the_fused_kernel_has_the_rounding_of_the_dense_path(leak: float, record
         assert torch.equal(mine, theirs)
     for mine, theirs in zip(fused.spike_fraction + fused.spikes, dense.spike_fraction + dense.spikes, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("leak", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("module", "shape"), [(nn.Conv2d(8, 8, 3, padding=1), (8, 6, 6)), (nn.Linear(600, 600), (600,))]
+)
+def test_the_path_for_tensor_cores_is_the_dense_one_with_channels_last(leak: float, module, shape) -> None:
+    maps = [affine_of(module, shape, 4) for _ in range(3)]
+    drive = dyadic((4, *shape), 1.5, torch.Generator().manual_seed(2))
+    arguments = (drive, maps[1:], maps[0], [shape] * 3, NeuronParams(1.0, leak), 6)
+    dense, fused = simulate(*arguments), simulate(*arguments, path="fused_tf32")
+    assert float(dense.last.mean()) > 0.05
+    assert torch.equal(fused.last, dense.last)
+    if len(shape) == 3:
+        assert fused.last.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("precision", ["float32", "exact", "fast"])
+def test_only_fast_lets_a_gpu_round_products(precision: Precision) -> None:
+    """In the forward and in the solve, whatever the process has set, which is there again afterwards."""
+    block = warmed_up(small_block("conv", precision=precision, solver=Gmres(1e-3))).float()
+    seen = []
+
+    def look(_: object) -> None:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+
+    block.register_simulation_hook(look)
+    block.register_solve_hook(look)
+    for before in ("float32", "fast"):
+        with products_rounded(before):
+            block(example_input("conv").float()).sum().backward()
+            look(None)
+    allowed = (precision == "fast",) * 2
+    assert seen == [allowed, allowed, (False, False), allowed, allowed, (True, True)]
 
 
 def test_an_input_that_varies_in_time_and_looks_at_every_step() -> None:

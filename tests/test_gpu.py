@@ -39,3 +39,27 @@ def test_equilibrium_and_diagnostics_on_the_device(kind: str) -> None:
     assert rates.is_cuda
     assert solution.outcome == "converged"
     assert block.feedback_diagnostics()["feedback_norm"] <= 1.001
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_precisions_give_the_rates_of_float32(kind: str, precision) -> None:
+    """TF32 has 11 significant bits: a rate may differ by some spikes, few of them."""
+    block = warmed_up(small_block(kind, precision=precision)).float().cuda().eval()
+    plain = warmed_up(small_block(kind)).float().cuda().eval()
+    plain.load_state_dict(block.state_dict())
+    x = example_input(kind).float().cuda()
+    with torch.no_grad():
+        difference, scale = block(x) - plain(x), plain(x).norm()
+    assert float(difference.norm() / scale) < (0.2 if precision == "fast" else 0.02)
+
+
+def test_a_step_of_fast_is_close_to_that_of_float32() -> None:
+    block = warmed_up(small_block("conv", dropout=0.0)).float().cuda()
+    x, gradients = example_input("conv").float().cuda(), []
+    for precision in ("float32", "fast"):
+        twin = copy.deepcopy(block)
+        twin.precision = precision
+        twin(x).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 0.3
