@@ -92,7 +92,7 @@ class _Scratch(ctypes.Structure):
 class _Simulation(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("connections", "populations")),
-        *((name, ctypes.c_int64) for name in ("n", "batch", "steps", "next")),
+        *((name, ctypes.c_int64) for name in ("n", "batch", "steps", "next", "from_rest")),
         ("drive", ctypes.c_void_p),
         *((name, ctypes.c_double) for name in ("threshold", "leak")),
         ("scratch", _Scratch),
@@ -303,19 +303,26 @@ class State(Protocol):
 
 
 def advance(
-    connections: Sequence[EventConnection], states: Sequence[State], drive: Tensor, neuron: NeuronParams, steps: int
+    connections: Sequence[EventConnection],
+    states: Sequence[State],
+    drive: Tensor,
+    neuron: NeuronParams,
+    steps: int,
+    *,
+    from_rest: bool = False,
 ) -> None:
     """Advances `states` in place by `steps` time steps under the constant drive [B, *] of the first population.
 
     Args:
         connections: feedback, then those from population i to i + 1.
+        from_rest: whatever the states hold, start from 0.
     """
     drive = channels_last(drive)
     for part, items, reaches in _parts(drive.shape[0], connections):
         both = list(zip(connections, reaches, strict=True))
         slices = [_Slice(state, part) for state in states]
         links = (_Connection * len(connections))(*(connection.as_struct(reach, part) for connection, reach in both))
-        _advance(both, links, slices, drive[part], neuron, steps, items)
+        _advance(both, links, slices, drive[part], neuron, steps, items, from_rest)
 
 
 def _advance(
@@ -326,6 +333,7 @@ def _advance(
     neuron: NeuronParams,
     steps: int,
     items: int,
+    from_rest: bool,
 ) -> None:
     populations = (_Population * len(states))(*(state.as_struct(items) for state in states))
     accumulators = max(reach.out_positions * connection.at_once for connection, reach in both)
@@ -334,7 +342,7 @@ def _advance(
     work = _Simulation(
         ctypes.addressof(links),
         ctypes.addressof(populations),
-        *(len(states), items, steps, 0),
+        *(len(states), items, steps, 0, from_rest),
         drive.data_ptr(),
         *(neuron.v_threshold, neuron.leak),
         scratch,

@@ -96,16 +96,18 @@ class _Population:
     def __init__(
         self, shape: tuple[int, ...], like: Tensor, leak: float, path: Path, *, rate: bool, count: bool
     ) -> None:
-        def zeros(dtype: torch.dtype = like.dtype) -> Tensor:
+        def state(dtype: torch.dtype = like.dtype) -> Tensor:
+            if path in EVENT_PATHS:  # whose kernel starts from 0
+                return event_driven.empty_channels_last(shape, like, dtype)
             if path in CHANNELS_LAST_PATHS:
                 return event_driven.empty_channels_last(shape, like, dtype).zero_()
             return torch.zeros(shape, dtype=dtype, device=like.device)
 
         self.path = path
-        self.u, self.spikes = zeros(), zeros(torch.uint8 if path in EVENT_PATHS else like.dtype)
+        self.u, self.spikes = state(), state(torch.uint8 if path in EVENT_PATHS else like.dtype)
         # For IF both accumulators are the spike count: one is enough.
-        self.weighted = zeros() if rate or (count and leak == 1) else None
-        self.count = zeros() if count and leak != 1 else self.weighted
+        self.weighted = state() if rate or (count and leak == 1) else None
+        self.count = state() if count and leak != 1 else self.weighted
 
 
 class Step:
@@ -265,8 +267,8 @@ class _Events:
         self.connections = [event_driven.connect(affine, levels=levels) for affine in maps]
         self.populations, self.neuron = populations, neuron
 
-    def run(self, x: Tensor, start: int, steps: int) -> None:  # noqa: ARG002 the state has the time
-        event_driven.advance(self.connections, self.populations, x, self.neuron, steps)
+    def run(self, x: Tensor, start: int, steps: int) -> None:
+        event_driven.advance(self.connections, self.populations, x, self.neuron, steps, from_rest=start == 0)
 
 
 class _Watcher:

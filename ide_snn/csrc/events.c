@@ -372,16 +372,26 @@ typedef struct {
     const Population *populations;
     int64_t n, batch, steps;
     int64_t next;                  /* sample to be taken by the next thread; starts at 0 */
+    int64_t from_rest;             /* 1: whatever the populations hold, they start from 0 */
     const float *drive;            /* [B][size of population 0] */
     double threshold, leak;
     Scratch scratch;
 } Simulation;
 
+static void rest(const Population *q, int64_t sample) {
+    int64_t at = sample * q->size, bytes = q->size * sizeof(float);
+    memset(q->u + at, 0, bytes);
+    memset(q->spikes + at, 0, q->size);
+    if (q->weighted) memset(q->weighted + at, 0, bytes);
+    if (q->count) memset(q->count + at, 0, bytes);
+}
+
 /* Advances the populations by `steps` time steps. */
 void simulate(Simulation *s) {
     float *acc, threshold = (float)s->threshold, leak = (float)s->leak;
     Events events = take_scratch(&s->scratch, &acc);
-    for (int64_t sample; (sample = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED)) < s->batch;)
+    for (int64_t sample; (sample = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED)) < s->batch;) {
+        for (int64_t i = 0; s->from_rest && i < s->n; i++) rest(s->populations + i, sample);
         for (int64_t t = 0; t < s->steps; t++)
             for (int64_t i = 0; i < s->n; i++) {
                 const Connection *k = s->connections + i;
@@ -389,6 +399,7 @@ void simulate(Simulation *s) {
                 collect_spikes(source->spikes + sample * source->size, k->in_positions, k->in_channels, &events);
                 update(k, s->populations + i, sample, &events, i ? 0 : s->drive, threshold, leak, acc);
             }
+    }
 }
 
 typedef struct {
