@@ -167,6 +167,10 @@ class AnalyticLinearisation:
     maps: tuple[LinearMap, ...]
     slopes: tuple[Tensor, ...]
 
+    def of_samples(self, index: Tensor) -> AnalyticLinearisation:
+        """J of these samples of the batch alone."""
+        return replace(self, slopes=tuple(_rows(slope, index) for slope in self.slopes))
+
     def matvec(self, w: Tensor) -> Tensor:
         with torch.no_grad():
             for link, slope in zip(self.maps, self.slopes, strict=True):
@@ -178,6 +182,13 @@ class AnalyticLinearisation:
             for link, slope in zip(reversed(self.maps), reversed(self.slopes), strict=True):
                 v = link.adjoint(v, slope)
         return v
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] in the layout of x [B, C, H, W] or [B, C]."""
+    if x.is_contiguous():
+        return x.index_select(0, index)
+    return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

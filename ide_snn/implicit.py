@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ide_snn.chain import attach_written_out, has_written_out_gradient
-from ide_snn.equilibrium import AutogradLinearisation, EquilibriumMap, Linearisation
+from ide_snn.equilibrium import AnalyticLinearisation, AutogradLinearisation, EquilibriumMap, Linearisation
 from ide_snn.neurons import sigma
 from ide_snn.precision import products_rounded, without_autocast
 from ide_snn.simulation import EVENT_PATHS
@@ -102,7 +102,13 @@ def attach_gradient(
 
     def solved(jacobian: Linearisation, g: Tensor) -> Tensor:
         with products_rounded(f.precision), without_autocast(g.device.type):
-            problem = LinearProblem(jacobian.rmatvec, g, couples, native=f.path in EVENT_PATHS)
+            of_samples = None
+            if isinstance(jacobian, AnalyticLinearisation):
+
+                def of_samples(samples: Tensor) -> Callable[[Tensor], Tensor]:
+                    return jacobian.of_samples(samples).rmatvec
+
+            problem = LinearProblem(jacobian.rmatvec, g, couples, f.path in EVENT_PATHS, of_samples)
             return _solve_and_tell(problem, solver, hooks)
 
     if shared and has_written_out_gradient(f):

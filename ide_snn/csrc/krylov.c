@@ -21,11 +21,15 @@ typedef double Wide __attribute__((vector_size(8 * WIDTH)));
 
 typedef struct {
     int64_t groups, n;   /* of the vectors [groups][n] */
+    int64_t count;       /* of the groups to work on, open[0..count - 1]; all where open is NULL */
     int64_t k, m;        /* of the Krylov space: vectors in use, and dimensions at most */
     int64_t passes;      /* of Gram-Schmidt */
     const float *b;      /* [groups][n] */
-    float *y, *image;    /* [groups][n] */
-    float *const *basis; /* k + 1 vectors [groups][n] */
+    float *y, *image;    /* [groups][n]; image [count][n] in the order of `open` */
+    float *const *basis; /* k + 1 vectors [some groups][n] */
+    const int64_t *const *rows; /* of each, the row of every group in it; NULL: its number */
+    const int64_t *open;
+    int64_t *dimensions; /* [groups], of the space of each */
     double *state;       /* [groups][m * m + 3 * m + 1], see state_of */
     float *unit, *norm;  /* [groups]; what they are, each kernel says */
     double noise;
@@ -38,13 +42,18 @@ typedef struct {
 /* The next group of this thread after *g, of those up to *end that it has taken. */
 static inline int next_group(Work *w, int64_t *g, int64_t *end) {
     if (++*g < *end) return 1;
-    int64_t some = w->n < WORTH_TAKING ? WORTH_TAKING / (w->n + 1) + 1 : 1;
+    int64_t some = w->n < WORTH_TAKING ? WORTH_TAKING / (w->n + 1) + 1 : 1, all = w->open ? w->count : w->groups;
     *g = __atomic_fetch_add(&w->next, some, __ATOMIC_RELAXED);
-    *end = *g + some < w->groups ? *g + some : w->groups;
+    *end = *g + some < all ? *g + some : all;
     return *g < *end;
 }
 
 #define FOR_GROUPS(w) for (int64_t g = -1, end = 0; next_group(w, &g, &end);)
+
+/* Basis vector j of group g. */
+static inline float *vector(const Work *w, int64_t j, int64_t g) {
+    return w->basis[j] + (w->rows[j] ? w->rows[j][g] : g) * w->n;
+}
 
 static double dot(int64_t n, const float *x, const float *y) {
     Lanes sums[SUMS] = {0};
@@ -111,14 +120,15 @@ void start(Work *w) {
     }
 }
 
-/* For each group: x = q_k - image, made orthogonal to q_1..q_k by modified Gram-Schmidt and normalised, overwrites
+/* For each open group: x = q_k - image, made orthogonal to q_1..q_k by modified Gram-Schmidt and normalised, overwrites
  * image; an x below `noise` times its length before is noise, and becomes 0. Its coefficients, column k of H, are turned
  * by Givens rotations; norm [groups] gets the residual norm of the least-squares problem. */
 void extend(Work *w) {
     int64_t n = w->n, k = w->k, m = w->m;
-    FOR_GROUPS(w) {
-        float *x = w->image + g * n;
-        const float *newest = w->basis[k - 1] + g * n;
+    for (int64_t i = -1, end = 0; next_group(w, &i, &end);) {
+        int64_t g = w->open ? w->open[i] : i;
+        float *x = w->image + i * n;
+        const float *newest = vector(w, k - 1, g);
         double *column = state_of(w, g) + (k - 1) * m, *rotation = state_of(w, g) + m * m;
         double *right = rotation + 2 * m;
         for (int64_t i = 0; i < n; i++) x[i] = newest[i] - x[i];
@@ -126,7 +136,7 @@ void extend(Work *w) {
         for (int64_t j = 0; j < k; j++) column[j] = 0;
         for (int64_t pass = 0; pass < w->passes; pass++)
             for (int64_t j = 0; j < k; j++) {
-                const float *q = w->basis[j] + g * n;
+                const float *q = vector(w, j, g);
                 float c = (float)dot(n, q, x);
                 for (int64_t i = 0; i < n; i++) x[i] -= c * q[i];
                 column[j] += c;
@@ -153,15 +163,17 @@ void extend(Work *w) {
         right[k] = -sine * right[k - 1];
         right[k - 1] *= cosine;
         w->norm[g] = (float)fabs(right[k]);
+        w->dimensions[g] = k;
     }
 }
 
 /* y = b (NULL: 0) + c_1 q_1 + ... + c_k q_k with R c = right; a useless direction gets 0. The residual, the basis q_1..q_{k+1} times
- * the right-hand side that is left with its rotations turned back, overwrites q_{k+1}; norm [groups] is its length, and
- * unit [groups] that of y. */
+ * the right-hand side that is left with its rotations turned back, goes to image, which may be q_{k+1}; norm [groups] is
+ * its length, and unit [groups] that of y. k is the group's own. */
 void finish(Work *w) {
-    int64_t n = w->n, k = w->k, m = w->m;
+    int64_t n = w->n, m = w->m;
     FOR_GROUPS(w) {
+        int64_t k = w->dimensions[g];
         double *r = state_of(w, g), *rotation = r + m * m, *c = rotation + 2 * m;
         double rest[2] = {c[k], 0}; /* coefficient of q_{i+2} before rotation i is turned back, and after */
         for (int64_t i = k - 1; i >= 0; i--) {
@@ -171,10 +183,11 @@ void finish(Work *w) {
             rest[0] = -rotation[2 * i + 1] * rest[0];
             rotation[2 * i] = rest[1]; /* now that of q_{i+2}; rest[0] is that of q_1 in the end */
         }
-        float *left = w->basis[k] + g * n, *y = w->y + g * n;
-        for (int64_t i = 0; i < n; i++) left[i] *= (float)rotation[2 * k - 2];
+        const float *last = vector(w, k, g);
+        float *left = w->image + g * n, *y = w->y + g * n;
+        for (int64_t i = 0; i < n; i++) left[i] = last[i] * (float)rotation[2 * k - 2];
         for (int64_t j = 0; j < k; j++) {
-            const float *q = w->basis[j] + g * n;
+            const float *q = vector(w, j, g);
             float share = (float)c[j], of_rest = (float)(j ? rotation[2 * j - 2] : rest[0]);
             const float *before = j ? y : w->b ? w->b + g * n : 0;
             if (before)

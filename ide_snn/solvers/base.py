@@ -102,12 +102,14 @@ class LinearProblem:
 
     coupled: True where A mixes samples of the batch; then there is one group.
     native: the solver may use compiled kernels (float32 on a CPU), and overwrite what `matvec` returns.
+    of_samples: the product for some samples alone, of_samples(index)(v [len(index), *]); where A does not mix them.
     """
 
     matvec: Callable[[Tensor], Tensor]
     rhs: Tensor
     coupled: bool = False
     native: bool = False
+    of_samples: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
 
     @property
     def start(self) -> Tensor:
@@ -177,14 +179,17 @@ class Workspace:
     def rows(self, x: Tensor) -> Tensor:
         if self.channels_last:
             x = x.permute(0, 2, 3, 1)
-        x = x.reshape(self.groups, x.numel() // max(self.groups, 1))
+        groups = 1 if self.problem.coupled else len(x)
+        x = x.reshape(groups, x.numel() // max(groups, 1))
         return x.contiguous() if self.native else x  # kernels see addresses, not strides
 
     def unrows(self, x: Tensor) -> Tensor:
+        """`rows`, undone, of all groups or of some."""
+        samples = self.shape[0] if self.problem.coupled else len(x)
         if self.channels_last:
-            b, c, h, w = self.shape
-            return x.view(b, h, w, c).permute(0, 3, 1, 2)
-        return x.view(self.shape)
+            _, c, h, w = self.shape
+            return x.view(samples, h, w, c).permute(0, 3, 1, 2)
+        return x.view(samples, *self.shape[1:])
 
     def image(self, y: Tensor) -> Tensor:
         return self.problem.image(self.unrows(y))
@@ -194,10 +199,22 @@ class Workspace:
         """||b|| [G] of a linear problem."""
         return _numbers(self.rows(self.problem.start).norm(dim=1))
 
-    def matvec(self, y: Tensor) -> Tensor:
-        if not isinstance(self.problem, LinearProblem):
+    @property
+    def is_divisible(self) -> bool:
+        """True where `matvec` can be given some groups."""
+        return isinstance(self.problem, LinearProblem) and self.problem.of_samples is not None
+
+    def matvec(self, y: Tensor, groups: Tensor | None = None) -> Tensor:
+        """A y for y [G, N], or [len(groups), N] of those groups."""
+        problem = self.problem
+        if not isinstance(problem, LinearProblem):
             raise TypeError("matvec is defined for linear problems only")
-        return self.rows(self.problem.matvec(self.unrows(y)))
+        matvec = problem.matvec
+        if groups is not None:
+            if problem.of_samples is None:
+                raise TypeError("the problem has no product for some samples alone")
+            matvec = problem.of_samples(groups)
+        return self.rows(matvec(self.unrows(y)))
 
 
 class Solver(Protocol):

@@ -60,12 +60,21 @@ class Krylov(Protocol):
         ...
 
     @property
+    def open(self) -> Tensor | None:
+        """The groups that `newest` and its image are of, int64 on the CPU; None: all."""
+        ...
+
+    @property
     def size(self) -> int:
         """Dimensions: images seen."""
         ...
 
     def extend(self, image: Tensor) -> Array:
         """Takes A q_k, which may be overwritten; returns the residual norm [G] that is left."""
+        ...
+
+    def close(self, closed: NDArray[np.bool_]) -> None:
+        """The groups `closed` [G] need no more dimensions; they may still get some."""
         ...
 
     def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array, Array]:
@@ -98,9 +107,12 @@ class _Restarted:
         # A little below tol: the residual that decides differs from the predicted by rounding.
         enough = (0.99 if is_loose else 0.9) * self.settings.tol * self.work.rhs_norm
         for _ in range(dimensions):
-            predicted = space.extend(self.work.matvec(space.newest))
-            if (~np.isfinite(predicted) | (predicted <= enough)).all():
+            predicted = space.extend(self.work.matvec(space.newest, space.open))
+            closed = ~np.isfinite(predicted) | (predicted <= enough)
+            if closed.all():
                 break
+            if self.work.is_divisible:
+                space.close(closed)
         y, r, norm, length = space.finish(y)
         is_short = bool((100 * eps * length <= self.settings.tol * self.work.rhs_norm).all())
         return Advance(y, space.size, space.size, (r, norm) if is_loose and is_short else None)
@@ -119,8 +131,16 @@ class _TorchKrylov:
         return self.vectors[-1]
 
     @property
+    def open(self) -> None:
+        """All groups stay together: to sort them costs more than their products where a device waits for the host."""
+        return None
+
+    @property
     def size(self) -> int:
         return len(self.vectors) - 1
+
+    def close(self, closed: NDArray[np.bool_]) -> None:
+        pass
 
     def extend(self, image: Tensor) -> Array:
         """By modified Gram-Schmidt on (1 - A) q_k."""

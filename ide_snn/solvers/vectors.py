@@ -12,12 +12,14 @@ from torch import Tensor
 from ide_snn import native
 
 Array = NDArray[np.float64]
+WORTH_CLOSING = 0.75  # share of the groups up to which products for the open ones alone pay for their copies
 
 
 class _Work(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("groups", "n", "k", "m", "passes")),
-        *((name, ctypes.c_void_p) for name in ("b", "y", "image", "basis", "state", "unit", "norm")),
+        *((name, ctypes.c_int64) for name in ("groups", "n", "count", "k", "m", "passes")),
+        *((name, ctypes.c_void_p) for name in ("b", "y", "image", "basis", "rows", "open", "dimensions")),
+        *((name, ctypes.c_void_p) for name in ("state", "unit", "norm")),
         ("noise", ctypes.c_double),
         ("padding", ctypes.c_int64 * 8),
         ("next", ctypes.c_int64),
@@ -36,23 +38,32 @@ def residual_(b: Tensor, y: Tensor, image: Tensor) -> tuple[Tensor, Array]:
 
 
 class NativeKrylov:
-    """The Krylov space of r under (1 - A), and the least-squares problem in it; as `gmres.Krylov`."""
+    """The Krylov space of r under (1 - A), and the least-squares problem in it; as `gmres.Krylov`.
+
+    Groups that are `closed` keep the space that they have; the vectors of the others, the open ones, are [open, N].
+    """
 
     def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
-        newest = torch.empty_like(r)
+        groups, newest = len(r), torch.empty_like(r)
         self.vectors = [newest]
-        self._state = np.empty(len(r) * (dimensions**2 + 3 * dimensions + 1))
-        self._basis = np.array([newest.data_ptr()] + [0] * dimensions, dtype=np.uintp)
-        self._norm = np.empty(len(r), dtype=np.float32)
+        self.open: Tensor | None = None
+        self._state = np.empty(groups * (dimensions**2 + 3 * dimensions + 1))
+        self._addresses = np.zeros((2, dimensions + 1), dtype=np.uintp)  # of the vectors, and of the rows of each
+        self._addresses[0, 0] = newest.data_ptr()
+        self._rows: list[NDArray[np.int64] | None] = [None]
+        self._dimensions = np.zeros(groups, dtype=np.int64)
+        self._norm = np.empty(groups, dtype=np.float32)
         self._work = _Work(
-            groups=r.shape[0],
+            groups=groups,
             n=r.shape[1],
             m=dimensions,
             passes=passes,
             noise=noise,
             b=r.data_ptr(),
             y=newest.data_ptr(),
-            basis=self._basis.ctypes.data,
+            basis=self._addresses[0].ctypes.data,
+            rows=self._addresses[1].ctypes.data,
+            dimensions=self._dimensions.ctypes.data,
             state=self._state.ctypes.data,
             norm=self._norm.ctypes.data,
         )
@@ -60,7 +71,11 @@ class NativeKrylov:
 
     @property
     def newest(self) -> Tensor:
-        return self.vectors[-1]
+        newest = self.vectors[-1]
+        if self.open is None or len(newest) == len(self.open):
+            return newest
+        rows = self._rows[-1]
+        return newest.index_select(0, self.open if rows is None else torch.from_numpy(rows)[self.open])
 
     @property
     def size(self) -> int:
@@ -68,17 +83,31 @@ class NativeKrylov:
 
     def extend(self, image: Tensor) -> Array:
         k = self._work.k = len(self.vectors)
-        self._work.image = self._basis[k] = image.data_ptr()
+        self._work.image = self._addresses[0, k] = image.data_ptr()
         self.vectors.append(image)
+        rows = None
+        if self.open is not None:
+            rows = np.zeros(len(self._norm), dtype=np.int64)
+            rows[self.open.numpy()] = np.arange(len(self.open))
+            self._addresses[1, k] = rows.ctypes.data
+        self._rows.append(rows)
         _call("extend", self._work, 2 * k)
         return self._norm.astype(np.float64)
 
+    def close(self, closed: NDArray[np.bool_]) -> None:
+        groups = np.flatnonzero(~closed)
+        if len(groups) <= WORTH_CLOSING * len(self.vectors[-1]):
+            self.open = torch.from_numpy(groups)
+            self._work.open, self._work.count = self.open.data_ptr(), len(groups)
+
     def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array, Array]:
-        result, length = torch.empty_like(self.newest), np.empty(len(self.newest), dtype=np.float32)
-        self._work.b = None if y is None else y.data_ptr()
-        self._work.y, self._work.unit = result.data_ptr(), length.ctypes.data
+        length, shape = np.empty(len(self._norm), dtype=np.float32), self.vectors[0].shape
+        result = self.vectors[0].new_empty(shape)
+        residual = self.vectors[-1] if self.open is None else self.vectors[0].new_empty(shape)
+        self._work.b, self._work.open = None if y is None else y.data_ptr(), None
+        self._work.y, self._work.image, self._work.unit = result.data_ptr(), residual.data_ptr(), length.ctypes.data
         _call("finish", self._work, 2 * self.size)
-        return result, self.newest, self._norm.astype(np.float64), length.astype(np.float64)
+        return result, residual, self._norm.astype(np.float64), length.astype(np.float64)
 
 
 def _once(name: str, rows: Tensor, **tensors: Tensor) -> Array:
