@@ -245,10 +245,13 @@ class FeedbackSNN(nn.Module):
         return attach_gradient(rates, f, gradient, self.solver, tuple(self._solve_hooks.values()))
 
     def _prepare(self, x: Tensor, generator: torch.Generator | None) -> _Moment:
-        self._check(x)
+        dtype = self._parameter_dtype(x)
+        self._check(x, dtype)
         input_shape = tuple(x.shape[2 if self.input_has_time else 1 :])
         shapes = self.population_shapes(input_shape)
-        like = self._state_like(x)
+        batch = x.shape[1 if self.input_has_time else 0]
+        # an empty tensor [B] of the dtype and device of membranes and rates
+        like = torch.empty(batch, dtype=torch.promote_types(dtype, torch.float32), device=x.device)
         native = self.precision != "float32" and (like.device.type == "cpu" or self.precision == "fast")
         links = [
             connection.prepare(shape, like, generator, native=native)
@@ -256,16 +259,11 @@ class FeedbackSNN(nn.Module):
         ]
         return _Moment.of(self, x, links, shapes, like.dtype)
 
-    def _state_like(self, x: Tensor) -> Tensor:
-        """An empty tensor [B] of the dtype and device of membranes and rates."""
-        batch = x.shape[1 if self.input_has_time else 0]
-        dtype = torch.promote_types(self._parameter_dtype(x), torch.float32)
-        return torch.empty(batch, dtype=dtype, device=x.device)
-
     def _parameter_dtype(self, x: Tensor) -> torch.dtype:
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, expected: torch.dtype) -> None:
+        """Of the type that is `expected`, that of the parameters."""
         lead = "[T, B, ...]" if self.input_has_time else "[B, ...]"
         if x.dim() < (3 if self.input_has_time else 2):
             raise ValueError(f"input must have shape {lead}, got {list(x.shape)}")
@@ -276,7 +274,6 @@ class FeedbackSNN(nn.Module):
             )
         if not x.is_floating_point() and not self.input_has_time:
             raise ValueError(f"a constant input must be floating point, got {x.dtype}: convert with x.float()")
-        expected = self._parameter_dtype(x)
         if expected in (torch.float16, torch.bfloat16):
             raise ValueError(
                 f"parameters are {expected}, too coarse for membranes and solves: keep them in float32 and use "

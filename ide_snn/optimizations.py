@@ -412,4 +412,4 @@ def _check_weight(weight: Tensor) -> None:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / x.norm()
+    return x / torch.linalg.vector_norm(x)

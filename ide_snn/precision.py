@@ -22,12 +22,13 @@ from typing import Literal, get_args
 import torch
 
 Precision = Literal["float32", "exact", "fast"]
+PRECISIONS = get_args(Precision)
 
 
 def require_precision(value: str) -> None:
     """Raises ValueError unless `value` is one."""
-    if value not in get_args(Precision):
-        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {value!r}")
+    if value not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {value!r}")
 
 
 def why_no_tf32(device: torch.device) -> str | None:

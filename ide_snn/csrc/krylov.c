@@ -31,7 +31,8 @@ typedef struct {
     const int64_t *open;
     int64_t *dimensions; /* [groups], of the space of each */
     double *state;       /* [groups][m * m + 3 * m + 1], see state_of */
-    float *unit, *norm;  /* [groups]; what they are, each kernel says */
+    float *unit;         /* [groups], powers of two */
+    double *norm, *length; /* [groups]; of what, each kernel says */
     double noise;
     int64_t padding[8];  /* what threads write is not in the cache line of what they read */
     int64_t next;        /* group to be taken by the next thread; starts at 0 */
@@ -75,7 +76,7 @@ void residual(Work *w) {
         const float *b = w->b + g * n, *y = w->y + g * n;
         float *r = w->image + g * n;
         for (int64_t i = 0; i < n; i++) r[i] = (b[i] + r[i]) - y[i];
-        w->norm[g] = (float)sqrt(dot(n, r, r));
+        w->norm[g] = sqrt(dot(n, r, r));
     }
 }
 
@@ -100,7 +101,7 @@ void rescale(Work *w) {
         float factor = ldexpf(1, -exponent);
         for (int64_t i = 0; i < n; i++) y[i] = x[i] * factor;
         w->unit[g] = ldexpf(1, exponent);
-        w->norm[g] = (float)sqrt(dot(n, y, y));
+        w->norm[g] = sqrt(dot(n, y, y));
     }
 }
 
@@ -162,14 +163,14 @@ void extend(Work *w) {
         column[k - 1] = radius;
         right[k] = -sine * right[k - 1];
         right[k - 1] *= cosine;
-        w->norm[g] = (float)fabs(right[k]);
+        w->norm[g] = fabs(right[k]);
         w->dimensions[g] = k;
     }
 }
 
 /* y = b (NULL: 0) + c_1 q_1 + ... + c_k q_k with R c = right; a useless direction gets 0. The residual, the basis q_1..q_{k+1} times
  * the right-hand side that is left with its rotations turned back, goes to image, which may be q_{k+1}; norm [groups] is
- * its length, and unit [groups] that of y. k is the group's own. */
+ * its own, and length [groups] that of y. k is the group's own. */
 void finish(Work *w) {
     int64_t n = w->n, m = w->m;
     FOR_GROUPS(w) {
@@ -196,7 +197,7 @@ void finish(Work *w) {
                 for (int64_t i = 0; i < n; i++) y[i] = share * q[i];
             for (int64_t i = 0; i < n; i++) left[i] += of_rest * q[i];
         }
-        w->norm[g] = (float)sqrt(dot(n, left, left));
-        w->unit[g] = (float)sqrt(dot(n, y, y));
+        w->norm[g] = sqrt(dot(n, left, left));
+        w->length[g] = sqrt(dot(n, y, y));
     }
 }

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -149,19 +149,14 @@ class Advance:
 
 
 class Method(Protocol):
-    """The memory of one solve. Lives as long as the solve."""
+    """The memory of one solve. Lives as long as the solve.
+
+    A method for linear problems may also have `first(b, budget) -> Advance`: then it starts from y = 0, whose residual
+    b [G, N] needs no product and is not to be changed, instead of from y = b.
+    """
 
     def advance(self, y: Tensor, r: Tensor, budget: int) -> Advance:
         """From iterate y with residual r, both [G, N], in at most `budget` steps; r may be overwritten."""
-        ...
-
-
-@runtime_checkable
-class FromZero(Protocol):
-    """A method for linear problems that starts from y = 0, whose residual b needs no product, instead of from y = b."""
-
-    def first(self, b: Tensor, budget: int) -> Advance:
-        """From y = 0 in at most `budget` steps; b [G, N] is not changed."""
         ...
 
 
@@ -318,10 +313,11 @@ def _solve(work: Workspace, solver: Solver, y0: Tensor | None, keep_trace: bool)
     trace: list[float] = []
     now = Advance(start, steps=0)
     steps = products = 0
-    if isinstance(method, FromZero) and y0 is None:
+    first: Callable[[Tensor, int], Advance] | None = getattr(method, "first", None)
+    if first is not None and y0 is None:
         progress.first = _relative(work.rhs_norm, work.rhs_norm)
         trace.append(_largest(progress.first))
-        now = method.first(start, solver.max_steps)
+        now = first(start, solver.max_steps)
     while True:
         y, steps, products = now.y, steps + now.steps, products + now.products
         if now.residual is None:
@@ -357,10 +353,10 @@ def _relative(absolute: Array, scale: Array) -> Array:
     """Norms of residuals [G] in units of their scale [G]."""
     # b = 0 has the solution v = 0 with residual 0 exactly. f(z) = 0 at some z, silent neurons, is nothing
     # infinite: there the residual is measured against z, which makes it 1
-    known = scale > 0
-    if known.all() and np.isfinite(scale).all():
+    if scale.size and scale.min() > 0 and scale.max() < np.inf:
         quotient: Array = absolute / scale
         return quotient
+    known = scale > 0
     with np.errstate(invalid="ignore"):  # infinity in units of infinity is no number
         return np.where(known, absolute / np.where(known, scale, 1.0), np.where(absolute > 0, 1.0, absolute))
 

@@ -70,11 +70,11 @@ class Krylov(Protocol):
         ...
 
     def extend(self, image: Tensor) -> Array:
-        """Takes A q_k, which may be overwritten; returns the residual norm [G] that is left."""
+        """Takes A q_k, which may be overwritten; returns the residual norm [G] that is left, until the next call."""
         ...
 
-    def close(self, closed: NDArray[np.bool_]) -> None:
-        """The groups `closed` [G] need no more dimensions; they may still get some."""
+    def keep(self, is_open: NDArray[np.bool_]) -> None:
+        """Only the groups `is_open` [G] need more dimensions; the others may still get some."""
         ...
 
     def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array, Array]:
@@ -108,11 +108,11 @@ class _Restarted:
         enough = (0.99 if is_loose else 0.9) * self.settings.tol * self.work.rhs_norm
         for _ in range(dimensions):
             predicted = space.extend(self.work.matvec(space.newest, space.open))
-            closed = ~np.isfinite(predicted) | (predicted <= enough)
-            if closed.all():
+            is_open = (predicted > enough) & (predicted < np.inf)
+            if not is_open.any():
                 break
             if self.work.is_divisible:
-                space.close(closed)
+                space.keep(is_open)
         y, r, norm, length = space.finish(y)
         is_short = bool((100 * eps * length <= self.settings.tol * self.work.rhs_norm).all())
         return Advance(y, space.size, space.size, (r, norm) if is_loose and is_short else None)
@@ -139,7 +139,7 @@ class _TorchKrylov:
     def size(self) -> int:
         return len(self.vectors) - 1
 
-    def close(self, closed: NDArray[np.bool_]) -> None:
+    def keep(self, is_open: NDArray[np.bool_]) -> None:
         pass
 
     def extend(self, image: Tensor) -> Array:

@@ -12,14 +12,14 @@ from torch import Tensor
 from ide_snn import native
 
 Array = NDArray[np.float64]
-WORTH_CLOSING = 0.75  # share of the groups up to which products for the open ones alone pay for their copies
+WORTH_PARTING = 0.75  # share of the groups up to which products for the open ones alone pay for their copies
 
 
 class _Work(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("groups", "n", "count", "k", "m", "passes")),
         *((name, ctypes.c_void_p) for name in ("b", "y", "image", "basis", "rows", "open", "dimensions")),
-        *((name, ctypes.c_void_p) for name in ("state", "unit", "norm")),
+        *((name, ctypes.c_void_p) for name in ("state", "unit", "norm", "length")),
         ("noise", ctypes.c_double),
         ("padding", ctypes.c_int64 * 8),
         ("next", ctypes.c_int64),
@@ -40,7 +40,7 @@ def residual_(b: Tensor, y: Tensor, image: Tensor) -> tuple[Tensor, Array]:
 class NativeKrylov:
     """The Krylov space of r under (1 - A), and the least-squares problem in it; as `gmres.Krylov`.
 
-    Groups that are `closed` keep the space that they have; the vectors of the others, the open ones, are [open, N].
+    Groups that are not kept keep the space that they have; the vectors of the others, the open ones, are [open, N].
     """
 
     def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
@@ -52,7 +52,7 @@ class NativeKrylov:
         self._addresses[0, 0] = newest.data_ptr()
         self._rows: list[NDArray[np.int64] | None] = [None]
         self._dimensions = np.zeros(groups, dtype=np.int64)
-        self._norm = np.empty(groups, dtype=np.float32)
+        self._norm = np.empty(groups)
         self._work = _Work(
             groups=groups,
             n=r.shape[1],
@@ -92,30 +92,30 @@ class NativeKrylov:
             self._addresses[1, k] = rows.ctypes.data
         self._rows.append(rows)
         _call("extend", self._work, 2 * k)
-        return self._norm.astype(np.float64)
+        return self._norm
 
-    def close(self, closed: NDArray[np.bool_]) -> None:
-        groups = np.flatnonzero(~closed)
-        if len(groups) <= WORTH_CLOSING * len(self.vectors[-1]):
+    def keep(self, is_open: NDArray[np.bool_]) -> None:
+        groups = np.flatnonzero(is_open)
+        if len(groups) <= WORTH_PARTING * len(self.vectors[-1]):
             self.open = torch.from_numpy(groups)
             self._work.open, self._work.count = self.open.data_ptr(), len(groups)
 
     def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array, Array]:
-        length, shape = np.empty(len(self._norm), dtype=np.float32), self.vectors[0].shape
+        length, shape = np.empty(len(self._norm)), self.vectors[0].shape
         result = self.vectors[0].new_empty(shape)
         residual = self.vectors[-1] if self.open is None else self.vectors[0].new_empty(shape)
         self._work.b, self._work.open = None if y is None else y.data_ptr(), None
-        self._work.y, self._work.image, self._work.unit = result.data_ptr(), residual.data_ptr(), length.ctypes.data
+        self._work.y, self._work.image, self._work.length = result.data_ptr(), residual.data_ptr(), length.ctypes.data
         _call("finish", self._work, 2 * self.size)
-        return result, residual, self._norm.astype(np.float64), length.astype(np.float64)
+        return result, residual, self._norm, length
 
 
 def _once(name: str, rows: Tensor, **tensors: Tensor) -> Array:
     """Calls a kernel for the groups of `rows` [G, N]; returns the norms [G] that it finds."""
-    norm = np.empty(len(rows), dtype=np.float32)
+    norm = np.empty(len(rows))
     pointers = {key: tensor.data_ptr() for key, tensor in tensors.items()}
     _call(name, _Work(groups=rows.shape[0], n=rows.shape[1], norm=norm.ctypes.data, **pointers), 1)
-    return norm.astype(np.float64)
+    return norm
 
 
 def _call(name: str, work: _Work, passes_over_memory: int) -> None:
