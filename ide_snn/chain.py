@@ -15,7 +15,6 @@ Event-driven paths only (float32 on a CPU).
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ide_snn import event_driven, native
+from ide_snn import event_driven
 from ide_snn.equilibrium import AnalyticLinearisation, EquilibriumMap
-from ide_snn.event_driven import empty_channels_last
-from ide_snn.layers import Affine
 from ide_snn.simulation import EVENT_PATHS
 from ide_snn.spiking import operator_gradients
 
@@ -55,24 +52,15 @@ def attach_written_out(rates: Tensor, f: EquilibriumMap, solve: Solve) -> Tensor
 
 class _Chain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, f: EquilibriumMap, solve: Solve, rates: Tensor, drive: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, f: EquilibriumMap, solve: Solve, rates: Tensor, _drive: Tensor, *parameters: Tensor
+    ) -> Tensor:
         if not any(ctx.needs_input_grad):
             return rates.clone()
-        inputs, slopes, first = [rates], [], None
-        for number, link in enumerate(f.chain):
-            affine = link.frozen
-            assert isinstance(affine, Affine)  # event-driven paths have no others
-            response = event_driven.apply(affine.operator, inputs[-1], affine.weight, affine.bias)
-            into = drive if number == 0 else None
-            activation, slope, through = _slopes(
-                event_driven.channels_last(response), affine.gain, into, f.neuron.v_threshold
-            )
-            inputs.append(activation)
-            slopes.append(slope)
-            first = through if number == 0 else first
+        inputs, slopes, first = f.frozen_rates(rates)
         ctx.f, ctx.solve = f, solve
         # parameters are saved for autograd to see that they are still those of the forward
-        ctx.save_for_backward(first, *inputs[:-1], *slopes, *parameters)
+        ctx.save_for_backward(first, *inputs, *slopes, *parameters)
         return rates.clone()  # a view would refuse in-place operations behind the block
 
     @staticmethod
@@ -92,28 +80,3 @@ class _Chain(torch.autograd.Function):
             if number:
                 v = jacobian.maps[number].adjoint(d)
         return None, None, None, v * first if ctx.needs_input_grad[3] else None, *gradients
-
-
-class _Slopes(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_int64),
-        ("next", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("response", "gain", "drive", "slope", "through")),
-        ("threshold", ctypes.c_double),
-    ]
-
-
-def _slopes(
-    response: Tensor, gain: Tensor | None, drive: Tensor | None, threshold: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sigma(z), gain sigma'(z) / V_th, sigma'(z) / V_th) with z = (gain response + drive) / V_th.
-
-    sigma(z) overwrites the response; without a gain the last two are one tensor.
-    """
-    gain, drive = (None if t is None else event_driven.channels_last(t) for t in (gain, drive))
-    through = empty_channels_last(response.shape, response)
-    slope = through if gain is None else empty_channels_last(response.shape, response)
-    pointers = [None if t is None else t.data_ptr() for t in (response, gain, drive, slope, through)]
-    work = _Slopes(response.numel(), 0, *pointers, threshold)
-    native.run("elementwise", "slopes", work, response.numel())
-    return response, slope, through

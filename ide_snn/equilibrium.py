@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ide_snn import event_driven
-from ide_snn.event_driven import EventMap
+from ide_snn.event_driven import EventMap, channels_last
+from ide_snn.firing import fire, fire_
 from ide_snn.layers import Affine, FixedConnection
 from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
-from ide_snn.operators import Operator
 from ide_snn.precision import Precision
 from ide_snn.simulation import EVENT_PATHS, Path
 
@@ -88,21 +88,44 @@ class EquilibriumMap:
         """f(a), differentiable in a, the drive and the connections' parameters; [B, *]."""
         return sigma(self.activations(a, statistics, update_running=update_running)[-1])
 
-    def activations(
-        self, a: Tensor, statistics: Statistics, *, update_running: bool = False, once: bool = False
-    ) -> list[Tensor]:
-        """z_1..z_n, the arguments of sigma in f(a), with their graph; z_i has the shape of population i.
-
-        Args:
-            once: they will be differentiated at most once, so that event-driven paths may walk over the rates.
-        """
-        apply = event_driven.apply if once and self.path in EVENT_PATHS else Operator.apply
-        z = [self.feedback.respond(a, statistics, update_running=update_running, apply=apply) + self.drive]
+    def activations(self, a: Tensor, statistics: Statistics, *, update_running: bool = False) -> list[Tensor]:
+        """z_1..z_n, the arguments of sigma in f(a), with their graph; z_i has the shape of population i."""
+        z = [self.feedback.respond(a, statistics, update_running=update_running) + self.drive]
         for layer in self.layers:
             z[-1] = z[-1] / self.neuron.v_threshold
-            z.append(layer.respond(sigma(z[-1]), statistics, update_running=update_running, apply=apply))
+            z.append(layer.respond(sigma(z[-1]), statistics, update_running=update_running))
         z[-1] = z[-1] / self.neuron.v_threshold
         return z
+
+    def rates_and_slopes(self, a: Tensor, statistics: Statistics) -> tuple[Tensor, list[Tensor]]:
+        """(f(a), the slopes of `linearise_with`) for event-driven paths; f(a) is differentiable once.
+
+        Updates the running statistics, as a training forward does.
+        """
+        slopes = []
+        for link, drive in zip(self.chain, (self.drive, *(None for _ in self.layers)), strict=True):
+            linear = replace(link, gain=None)
+            response = linear.respond(a, statistics, update_running=True, apply=event_driven.apply)
+            a, slope = fire(response, link.gain, drive, self.neuron.v_threshold)
+            slopes.append(slope)
+        return a, slopes
+
+    @torch.no_grad()
+    def frozen_rates(self, a: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """(what each connection is given in f(a), the slopes of `linearise_with`, sigma'(z_1) / V_th).
+
+        For event-driven paths, with running statistics, without a graph.
+        """
+        inputs, slopes, through = [], [], []
+        for link, drive in zip(self.chain, (self.drive, *(None for _ in self.layers)), strict=True):
+            affine = link.frozen
+            assert isinstance(affine, Affine)  # event-driven paths have no others
+            response = event_driven.apply(affine.operator, a, affine.weight, affine.bias)
+            inputs.append(a)
+            a, *both = fire_(channels_last(response), affine.gain, drive, self.neuron.v_threshold)
+            slopes.append(both[0])
+            through.append(both[1])
+        return inputs, slopes, through[0]
 
     def linearise(self, a: Tensor, statistics: Statistics, products: Products = "auto") -> Linearisation:
         """J at a.
@@ -124,6 +147,8 @@ class EquilibriumMap:
                 "use products='auto' or 'autograd'"
             )
         if analytic and products != "autograd":
+            if self.path in EVENT_PATHS:
+                return self.linearise_with(self.frozen_rates(a)[1])
             return self.linearise_by(self._frozen_activations(a))
         with torch.enable_grad():
             point = a.detach().requires_grad_()

@@ -10,6 +10,7 @@ Source: Xiao et al., NeurIPS 2021, section 4.3.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,29 +100,22 @@ def attach_gradient(
     # (batch statistics, own modules), or just its activations (known connections).
     shared = gradient.jacobian_at == "rate" and (couples or not f.couples_samples)
     by_graph = shared and (couples or not f.is_known)
-
-    def solved(jacobian: Linearisation, g: Tensor) -> Tensor:
-        with products_rounded(f.precision), without_autocast(g.device.type):
-            of_samples = None
-            if isinstance(jacobian, AnalyticLinearisation):
-
-                def of_samples(samples: Tensor) -> Callable[[Tensor], Tensor]:
-                    return jacobian.of_samples(samples).rmatvec
-
-            problem = LinearProblem(jacobian.rmatvec, g, couples, f.path in EVENT_PATHS, of_samples)
-            return _solve_and_tell(problem, solver, hooks)
-
+    solved = functools.partial(_solved, f, couples, solver, hooks)
     if shared and has_written_out_gradient(f):
         return attach_written_out(rates, f, solved)
     jacobian = None if shared else _jacobian(rates, f, gradient)
     # (as a leaf the point collects a gradient nobody reads: one product, the price of sharing the graph)
     point = rates.detach().requires_grad_(by_graph)
-    activations = f.activations(point, "batch", update_running=True, once=not by_graph)
-    image = sigma(activations[-1])
+    if f.path in EVENT_PATHS and not by_graph:
+        image, slopes = f.rates_and_slopes(point, "batch")
+        jacobian = f.linearise_with(slopes) if jacobian is None else jacobian
+    else:
+        activations = f.activations(point, "batch", update_running=True)
+        image = sigma(activations[-1])
+        if jacobian is None:
+            jacobian = AutogradLinearisation(point, image) if by_graph else f.linearise_by(activations)
     if not image.requires_grad:
         return rates
-    if jacobian is None:
-        jacobian = AutogradLinearisation(point, image) if by_graph else f.linearise_by(activations)
     splice: Tensor = _FixedPointGradient.apply(image, rates, jacobian, solved)
     return splice
 
@@ -160,9 +154,22 @@ class _FixedPointGradient(torch.autograd.Function):
         return ctx.solved(ctx.jacobian, cotangent), None, None, None
 
 
-def _solve_and_tell(problem: LinearProblem, solver: Solver, hooks: tuple[SolveHook, ...]) -> Tensor:
-    """The solution; tells the hooks, and everybody if it failed."""
-    solution = solve(problem, solver)
+def _solved(
+    f: EquilibriumMap,
+    coupled: bool,
+    solver: Solver,
+    hooks: tuple[SolveHook, ...],
+    jacobian: Linearisation,
+    g: Tensor,
+) -> Tensor:
+    """v with (I - J^T) v = g; tells the hooks, and everybody if it failed."""
+
+    def of_samples(samples: Tensor) -> Callable[[Tensor], Tensor]:
+        return jacobian.of_samples(samples).rmatvec  # type: ignore[attr-defined]
+
+    part = of_samples if isinstance(jacobian, AnalyticLinearisation) else None
+    with products_rounded(f.precision), without_autocast(g.device.type):
+        solution = solve(LinearProblem(jacobian.rmatvec, g, coupled, f.path in EVENT_PATHS, part), solver)
     for hook in hooks:
         hook(solution)
     if solution.outcome is not Outcome.converged:

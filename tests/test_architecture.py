@@ -31,6 +31,7 @@ LAYERS = [
     "layers",
     "links",
     "event_driven",
+    "firing",
     "simulation",
     "equilibrium",
     "chain",
