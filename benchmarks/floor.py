@@ -266,10 +266,15 @@ class Floor:
             self.field[key], missing = race(item, ways)
             self.missing |= missing
         self.chosen = {key: runners[0] for key, runners in self.field.items()}
-        self.rounds: list[tuple[float, int, dict[Key, float]]] = []
+        self.rounds: list[tuple[float, int, float, dict[Key, float]]] = []
 
-    def run(self, transposed_products: int) -> None:
-        """One round: the whole sequence once, timed as a whole and by product."""
+    def run(self, transposed_products: int, whole: float | None = None) -> None:
+        """One round: the whole sequence once, timed as a whole and by product.
+
+        Args:
+            whole: the transposed products, those for some samples counted by their share; the time of all of them is
+                reduced in proportion. By default all were for all samples.
+        """
         calls = [(key, self.chosen[key].call) for key in plan(self.links, self.time_steps, transposed_products)]
         parts = dict.fromkeys(self.products, 0.0)
         synchronize(self.device)
@@ -280,22 +285,28 @@ class Floor:
             parts[key] += now - last
             last = now
         synchronize(self.device)
-        self.rounds.append((time.perf_counter() - start, transposed_products, parts))
+        total = time.perf_counter() - start
+        whole = transposed_products if whole is None else whole
+        for key in parts:
+            if key[0] == "transposed" and whole < transposed_products:
+                total -= parts[key] * (1 - whole / transposed_products)
+                parts[key] *= whole / transposed_products
+        self.rounds.append((total, transposed_products, whole, parts))
 
     def result(self) -> dict[str, Any]:
         """The floor, its parts beside the fastest single product, and whether it can be believed."""
         if not self.rounds:
             raise ValueError("run the floor before reading its result")
-        total, count, parts = min(self.rounds, key=lambda r: r[0])
-        counts: dict[Key, int] = dict.fromkeys(self.products, 0)
+        total, count, whole, parts = min(self.rounds, key=lambda r: r[0])
+        counts: dict[Key, float] = dict.fromkeys(self.products, 0)
         for key in plan(self.links, self.time_steps, count):
-            counts[key] += 1
+            counts[key] += whole / count if key[0] == "transposed" else 1
         rows = [self._row(key, counts[key], parts[key]) for key in self.products if counts[key]]
         ideal = sum(counts[key] * self.chosen[key].best for key in counts)
         return {
             "precision": self.precision,
             "floor_s": total,
-            "transposed_products": count,
+            "transposed_products": round(whole, 2),
             "rounds": len(self.rounds),
             "efficiency": ideal / total,
             "fastest_gflop_per_s": max(row["fastest_gflop_per_s"] for row in rows),
@@ -304,13 +315,13 @@ class Floor:
             "unavailable": self.missing,
         }
 
-    def _row(self, key: Key, count: int, seconds: float) -> dict[str, Any]:
+    def _row(self, key: Key, count: float, seconds: float) -> dict[str, Any]:
         item, runner = self.products[key], self.chosen[key]
         on_cpu = self.device.type == "cpu"  # a GPU's calls return at once: only the whole is timed there
         return {
             "role": key[0],
             "connection": key[1],
-            "count": count,
+            "count": round(count, 2),
             "gflop": item.gflop,
             "way": runner.way.name,
             "format": runner.way.format,

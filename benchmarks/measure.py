@@ -46,6 +46,7 @@ def solve_summary(ours: Ours) -> dict[str, Any]:
         "tolerance": ours.model.block.solver.tol,
         "steps": sorted(s.steps for s in stats)[len(stats) // 2],
         "products": sorted(s.products for s in stats)[len(stats) // 2],
+        "whole_products": round(sorted(s.whole_products for s in stats)[len(stats) // 2], 2),
         "products_most": max(s.products for s in stats),
         "largest_residual": max(s.max_residual for s in stats),
         "outcomes": dict(Counter(str(outcome) for outcome, _ in ours.solves)),

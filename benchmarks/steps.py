@@ -150,7 +150,9 @@ class CaseRun:
             counts[name] = self._rounds(name)
         for precision, floor in floors.items():
             solves = self.ours[leaders[precision]].solves
-            calls[f"floor {precision}"] = lambda _, floor=floor, solves=solves: floor.run(solves[-1][1].products)  # type: ignore[misc]
+            calls[f"floor {precision}"] = lambda _, floor=floor, solves=solves: floor.run(  # type: ignore[misc]
+                solves[-1][1].products, solves[-1][1].whole_products
+            )
             counts[f"floor {precision}"] = rounds
         for ours in self.ours.values():
             ours.solves.clear()

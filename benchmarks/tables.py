@@ -52,7 +52,7 @@ def _steps(r: Result) -> str:
                 _ms(s.get("evaluation"), "median_s"),
                 _ms(s.get("solver_alone"), "median_s"),
                 f"{s['solve']['tolerance']:g}" if "solve" in s else "",
-                str(s["solve"]["products"]) if "solve" in s else "",
+                f"{s['solve'].get('whole_products', s['solve']['products']):g}" if "solve" in s else "",
                 _outcomes(s["solve"]["outcomes"]) if "solve" in s else "",
                 ", ".join(f"{rate:.3f}" for rate in s.get("firing_rates", [])),
                 s.get("path", ""),

@@ -220,8 +220,24 @@ def test_floor_is_the_fastest_round_and_says_when_it_does_not_count() -> None:
         ("gradient", "conv"): 1,
     }
     assert "5 are needed" in result["rejected"]
-    both.rounds = [(0.5, 2, both.rounds[0][2]), (0.25, 2, both.rounds[0][2]), (1.0, 2, both.rounds[0][2])]
+    parts = both.rounds[0][3]
+    both.rounds = [(0.5, 2, 2.0, parts), (0.25, 2, 2.0, parts), (1.0, 2, 2.0, parts)]
     assert both.result()["floor_s"] == 0.25
+
+
+def test_floor_counts_transposed_products_by_the_samples_they_were_for() -> None:
+    floor = Floor([link("conv")], 1, "float32", ())
+    for number in range(5):
+        floor.run(4, whole=(2.5, 4)[number % 2])
+    for total, count, whole, parts in floor.rounds:
+        assert count == 4
+        assert total == pytest.approx(sum(parts.values()), rel=0.2)
+        assert whole in (2.5, 4)
+    one_and_a_half_less = min(floor.rounds, key=lambda r: r[0])
+    result = floor.result()
+    assert result["transposed_products"] == one_and_a_half_less[2]
+    (row,) = [p for p in result["products"] if p["role"] == "transposed"]
+    assert row["count"] == one_and_a_half_less[2]
 
 
 def test_rejection() -> None:

@@ -65,12 +65,14 @@ class SolveStats:
     """What a solve cost and how well it ended.
 
     steps: iterations (for GMRES: Krylov dimensions); products: evaluations of A v or f(z), verdict included;
+    whole_products: the same, those for some of the groups counted by their share of them;
     residual: relative residual of the returned value per group, [G] on the CPU; trace: the largest one after
     each evaluation, if asked for.
     """
 
     steps: int
     products: int
+    whole_products: float
     residual: Tensor
     trace: tuple[float, ...] | None = None
 
@@ -139,12 +141,14 @@ Problem = LinearProblem | FixedPointProblem
 class Advance:
     """The next iterate [G, N], the steps taken to it and the products used.
 
+    left_out: of those products, by their shares of the groups, what was left out for groups that did not need them.
     residual: (r [G, N], ||r|| [G]) where the method has it to rounding without a product of the iterate.
     """
 
     y: Tensor
     steps: int = 1
     products: int = 0
+    left_out: float = 0.0
     residual: tuple[Tensor, Array] | None = None
 
 
@@ -312,7 +316,7 @@ def _solve(work: Workspace, solver: Solver, y0: Tensor | None, keep_trace: bool)
     progress = _Progress(solver.tol)
     trace: list[float] = []
     now = Advance(start, steps=0)
-    steps = products = 0
+    steps, products, left_out = 0, 0, 0.0
     first: Callable[[Tensor, int], Advance] | None = getattr(method, "first", None)
     if first is not None and y0 is None:
         progress.first = _relative(work.rhs_norm, work.rhs_norm)
@@ -320,6 +324,7 @@ def _solve(work: Workspace, solver: Solver, y0: Tensor | None, keep_trace: bool)
         now = first(start, solver.max_steps)
     while True:
         y, steps, products = now.y, steps + now.steps, products + now.products
+        left_out += now.left_out
         if now.residual is None:
             r, residual = _evaluate(work, y)
             products += 1
@@ -329,7 +334,8 @@ def _solve(work: Workspace, solver: Solver, y0: Tensor | None, keep_trace: bool)
         best, best_residual = _keep_best(best, best_residual, y, residual)
         outcome = progress.verdict(best_residual, residual, out_of_steps=steps >= solver.max_steps)
         if outcome is not None:
-            stats = SolveStats(steps, products, torch.from_numpy(best_residual), tuple(trace) if keep_trace else None)
+            kept = tuple(trace) if keep_trace else None
+            stats = SolveStats(steps, products, products - left_out, torch.from_numpy(best_residual), kept)
             return Solution(work.unrows(best.clone() if best is start else best), outcome, stats)
         now = method.advance(y, r, solver.max_steps - steps)
 

@@ -106,7 +106,9 @@ class _Restarted:
         space: Krylov = kind(r, dimensions, 1 if is_loose else 2, 10 * eps)
         # A little below tol: the residual that decides differs from the predicted by rounding.
         enough = (0.99 if is_loose else 0.9) * self.settings.tol * self.work.rhs_norm
+        left_out = 0.0
         for _ in range(dimensions):
+            left_out += 0.0 if space.open is None else 1 - len(space.open) / len(r)
             predicted = space.extend(self.work.matvec(space.newest, space.open))
             is_open = (predicted > enough) & (predicted < np.inf)
             if not is_open.any():
@@ -115,7 +117,7 @@ class _Restarted:
                 space.keep(is_open)
         y, r, norm, length = space.finish(y)
         is_short = bool((100 * eps * length <= self.settings.tol * self.work.rhs_norm).all())
-        return Advance(y, space.size, space.size, (r, norm) if is_loose and is_short else None)
+        return Advance(y, space.size, space.size, left_out, (r, norm) if is_loose and is_short else None)
 
 
 class _TorchKrylov:

@@ -1,0 +1,197 @@
+"""Blocks with precision exact and fast against float32, and what they say of themselves."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from networks import example_input, small_block, warmed_up
+from torch import Tensor, nn
+
+from ide_snn import FeedbackSNN, Gmres, NeuronParams, event_driven, implicit, native
+from ide_snn import chain as chain_module
+from ide_snn.bptt import Bptt
+from ide_snn.layers import Connection
+from ide_snn.precision import Precision, products_rounded
+from ide_snn.solvers import solve
+
+REASON = native.why_unavailable("events")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")
+
+
+@pytest.mark.parametrize("precision", ["float32", "exact", "fast"])
+def test_only_fast_lets_a_gpu_round_products(precision: Precision, monkeypatch) -> None:
+    """In the forward and in the solve, whatever the process has set, which is there again afterwards."""
+    block = warmed_up(small_block("conv", precision=precision, solver=Gmres(1e-3))).float()
+    seen = []
+
+    def look(*_: object) -> None:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+
+    block.register_simulation_hook(look)
+    monkeypatch.setattr(implicit, "solve", lambda *arguments: (look(), solve(*arguments))[1])
+    for before in ("float32", "fast"):
+        with products_rounded(before):
+            block(example_input("conv").float()).sum().backward()
+            look()
+    allowed = (precision == "fast",) * 2
+    assert seen == [allowed, allowed, (False, False), allowed, allowed, (True, True)]
+
+
+def gradients(block: FeedbackSNN, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    block.zero_grad()
+    value = block(x)
+    weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(5))
+    (value * weights).sum().backward()
+    return value.detach(), [p.grad.clone() for p in block.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["conv", "multilayer"])
+def test_a_block_gives_the_rates_and_gradients_of_float32(kind: str) -> None:
+    # few steps: later a spike more or less, from rounding, would be another network
+    options = {"dropout": 0.0, "time_steps": 3, "solver": Gmres(tol=1e-6)}
+    torch.manual_seed(0)
+    plain = warmed_up(small_block(kind, **options).float())
+    block = small_block(kind, precision="exact", **options).float()
+    block.load_state_dict(plain.state_dict())
+    x = example_input(kind).float()
+    paths = []
+    block.register_simulation_hook(lambda rates: paths.append(rates.path))
+    (value, found), (expected, wanted) = gradients(block.eval(), x), gradients(plain.eval(), x)
+    assert paths == ["events"]
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["conv", "multilayer"])
+def test_a_nan_poisons_its_sample_only(kind: str) -> None:
+    """Also where it is in the first population, whose silence the others do not show."""
+    block = small_block(kind, dropout=0.0, time_steps=4, check_input=False, precision="exact").float().eval()
+    x = example_input(kind, batch=3).float()
+    x[1, 0, 0, 0] = float("nan")
+    rates = block(x).detach()
+    assert bool(rates[1].isnan().all())
+    assert bool(rates[[0, 2]].isfinite().all())
+
+
+def test_the_gradient_of_a_sum_of_rates() -> None:
+    """Of a chain with batch norm, whose solve gets autograd's expanded ones."""
+    torch.manual_seed(0)
+    options = {"time_steps": 3, "solver": Gmres(tol=1e-5)}
+    plain = warmed_up(small_block("multilayer", **options).float()).eval()
+    block = small_block("multilayer", precision="exact", **options).float().eval()
+    block.load_state_dict(plain.state_dict())
+    x, found = example_input("multilayer").float(), []
+    for network in (plain, block):
+        network(x).sum().backward()
+        found.append([p.grad for p in network.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_changed_between_forward_and_backward_are_noticed() -> None:
+    block = small_block("conv", precision="exact", constraint="none", solver=Gmres(1e-3)).float()
+    value = block(example_input("conv").float())
+    with torch.no_grad():
+        block.feedback.op.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "words"), [("conv", torch.float64, "float64"), ("pooled", torch.float32, "average pooling")]
+)
+def test_what_it_does_not_do_is_done_densely_and_said_once(kind: str, dtype, words: str, caplog) -> None:
+    block = small_block(kind, dropout=0.0, time_steps=3, precision="fast").to(dtype)
+    with caplog.at_level(logging.INFO, "ide_snn.block"):
+        for _ in range(2):
+            block.eval()(example_input(kind).to(dtype))
+    said = [record for record in caplog.records if "precision=fast" in record.message]
+    assert len(said) == 1
+    assert said[0].levelno == logging.WARNING
+    assert words in said[0].message
+
+
+def test_without_a_compiler_the_dense_products_are_taken(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(event_driven.native, "why_unavailable", lambda name: f"no {name} here")
+    block = small_block("conv", dropout=0.0, time_steps=3, precision="exact").float().eval()
+    plain = small_block("conv", dropout=0.0, time_steps=3).float().eval()
+    plain.load_state_dict(block.state_dict())
+    x = example_input("conv").float()
+    with caplog.at_level(logging.INFO, "ide_snn.block"):
+        assert torch.equal(block(x), plain(x))
+    assert "dense (no events here)" in caplog.text
+
+
+def test_too_many_inputs_keep_float32_weights_and_say_so(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(event_driven, "MOST_INPUTS", 10)
+    block = small_block("conv", precision="fast").float().eval()
+    paths = []
+    block.register_simulation_hook(lambda rates: paths.append(rates.path))
+    with caplog.at_level(logging.INFO, "ide_snn.block"):
+        block(example_input("conv").float())
+    assert paths == ["events"]
+    assert "event-driven float32 (sums of" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["fc", "conv", "without batch norm"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_written_out_gradient_is_that_of_autograd(kind: str, dropout: float, monkeypatch) -> None:
+    """Of input, weights, biases and alpha, for one population and for a chain of three."""
+    if kind == "without batch norm":
+        chain = [Connection(nn.Conv2d(4, 6, 3, stride=2, padding=1), dropout=dropout), Connection(nn.Conv2d(6, 5, 1))]
+        feedback = nn.ConvTranspose2d(5, 4, 3, stride=2, padding=1, output_padding=1)
+        stage = Connection(nn.Conv2d(2, 4, 3, padding=1), batch_norm=True)
+        back = Connection(feedback, constraint="spectral_matrix", bound=0.5, dropout=dropout)
+        neuron = NeuronParams(0.7, 0.9)
+        block = FeedbackSNN(
+            input=stage, layers=chain, feedback=back, neuron=neuron, time_steps=6, solver=Gmres(1e-6), precision="exact"
+        )
+        x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    else:
+        block = small_block(kind, precision="exact", dropout=dropout, time_steps=6, solver=Gmres(1e-6)).float()
+        x = example_input(kind).float()
+    x = (3 * x).requires_grad_()
+    results = []
+    for taken in (chain_module.has_written_out_gradient, lambda _: False):
+        monkeypatch.setattr(implicit, "has_written_out_gradient", taken)
+        torch.manual_seed(2)
+        value, found = gradients(block.train(), x)
+        results.append((value, x.grad.clone(), *found))
+        x.grad = None
+    assert float(results[0][1].abs().max()) > 0
+    largest = max(float(theirs.abs().max()) for theirs in results[1])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 * largest)
+
+
+def test_bad_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="float32, exact, fast"):
+        small_block("conv", precision="half")
+    block = small_block("conv", precision="fast", gradient=Bptt())
+    with pytest.raises(ValueError, match="implicit differentiation"):
+        block(example_input("conv").to(next(block.parameters()).dtype))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_poison_fast_rates_too(value: float) -> None:
+    block = small_block("conv", dropout=0.0, time_steps=4, precision="fast").float().eval()
+    with torch.no_grad():
+        block.feedback.op.parametrizations.weight.original[0, 0, 0, 0] = value
+    assert bool(block(example_input("conv").float()).isnan().all())
+
+
+def test_threads_of_its_own_find_the_same(monkeypatch) -> None:
+    """Where torch's threads cannot be had."""
+    monkeypatch.setattr(native, "WORTH_THREADS", 0)
+    block = small_block("conv", time_steps=20, precision="fast", solver=Gmres(1e-3)).float().eval()
+    x = example_input("conv", batch=7).float()
+    (value, found) = gradients(block, x)
+    monkeypatch.setattr(native, "_torch_threads", lambda: None)
+    (expected, wanted) = gradients(block, x)
+    assert torch.equal(value, expected)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
