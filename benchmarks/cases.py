@@ -108,7 +108,7 @@ class Network:
         self.optimizer = build_optimizer(config, self.model)
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        with products_rounded(self.rounding):
+        with products_rounded(self.rounding, x.device):
             self.optimizer.zero_grad()
             F.cross_entropy(self.model(x), y).backward()
             self.optimizer.step()

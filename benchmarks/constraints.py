@@ -51,6 +51,7 @@ from ide_snn.hydra_tools import quote
 from ide_snn.models import FeedbackClassifier
 from ide_snn.operators import Operator
 from ide_snn.optimizations import SpectralOperator, get_constraint, raw_weight, update_constraints
+from ide_snn.precision import round_products
 from ide_snn.reporting import versions, write_json
 from ide_snn.schemas import Config
 from ide_snn.training import NonFiniteLossError, fit
@@ -199,7 +200,7 @@ def prepare(
 
 def run(case: str, variant: str, seed: int, options: argparse.Namespace) -> Cell:
     """Trains one network and measures it."""
-    torch.backends.cudnn.allow_tf32 = False  # as in training
+    round_products("float32")
     config, model, loaders = prepare(case, (CONSTRAINTS | LOOSE)[variant], seed, options)
     watch = NormWatch(model.block, model.population_shapes[-1])
     krylov_steps: list[int] = []

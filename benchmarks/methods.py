@@ -43,6 +43,7 @@ from ide_snn.config import (
 from ide_snn.evaluation import evaluate
 from ide_snn.hydra_tools import quote
 from ide_snn.optim import set_learning_rate
+from ide_snn.precision import round_products
 from ide_snn.reporting import versions
 
 MIN_STEPS = 10  # of a cell that stops early: enough for a median
@@ -80,7 +81,7 @@ def measure(network: str, method: str, time_steps: int, options: argparse.Namesp
     )
     torch.set_num_threads(options.threads)
     device = resolve_device(config.device)
-    torch.backends.cudnn.allow_tf32 = False  # as in training
+    round_products("float32")
     torch.manual_seed(config.seed)
     model = build_model(config).to(device).train()
     optimizer, schedule = build_optimizer(config, model), build_schedule(config)

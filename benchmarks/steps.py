@@ -47,6 +47,7 @@ from tables import draw, report
 
 from ide_snn import Anderson, SolverWarning
 from ide_snn.config import ConfigError, config_to_dict, resolve_device
+from ide_snn.precision import round_products
 from ide_snn.reporting import versions, write_json
 from ide_snn.solvers import solve
 
@@ -303,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     device = resolve_device(options.device)
-    torch.backends.cudnn.allow_tf32 = False  # as in training
+    round_products("float32")
     variants = Variant.all_of(options.precision, options.variant)
     shared = Setting(
         case="",

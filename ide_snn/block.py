@@ -106,16 +106,20 @@ class FeedbackSNN(nn.Module):
 
     def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Rates of the last population [B, *]; `generator` is for the dropout masks."""
-        with products_rounded(self.precision):
+        record = Record(spike_fraction=bool(self._simulation_hooks))
+        if isinstance(self.gradient, Bptt):  # whose backward pass repeats products: in torch's settings, as they do
+            rates, value = self._prepare(x, generator).through_time(self.gradient, record)
+            self._tell(rates)
+            return value
+        with products_rounded(self.precision, x.device):
             moment = self._prepare(x, generator)
-            record, value = Record(spike_fraction=bool(self._simulation_hooks)), None
-            if isinstance(self.gradient, Bptt):
-                rates, value = moment.through_time(self.gradient, record)
-            else:
-                rates = moment.simulate(record)
-            for hook in self._simulation_hooks.values():
-                hook(rates)
-            return self._attach(rates.last, moment.map) if value is None else value
+            rates = moment.simulate(record)
+            self._tell(rates)
+            return self._attach(rates.last, moment.map)
+
+    def _tell(self, rates: Rates) -> None:
+        for hook in self._simulation_hooks.values():
+            hook(rates)
 
     def simulate(
         self,
@@ -129,7 +133,7 @@ class FeedbackSNN(nn.Module):
         In training mode the constraints advance and the input stage's running statistics are updated, as in a
         forward; call it in evaluation mode to look without touching. The chain uses running statistics.
         """
-        with torch.no_grad(), products_rounded(self.precision):
+        with torch.no_grad(), products_rounded(self.precision, x.device):
             return self._prepare(x, generator).simulate(record)
 
     def equilibrium(
@@ -146,7 +150,7 @@ class FeedbackSNN(nn.Module):
         Raises:
             ValueError: with `Bptt`, which has no gradient for it, unless gradients are disabled.
         """
-        with products_rounded(self.precision):
+        with products_rounded(self.precision, x.device):
             return self._solved_equilibrium(self._prepare(x, generator), x, solver)
 
     def _solved_equilibrium(self, moment: _Moment, x: Tensor, solver: Solver) -> tuple[Tensor, Solution]:
@@ -157,8 +161,9 @@ class FeedbackSNN(nn.Module):
 
     def linearisation_point(self, x: Tensor) -> tuple[Tensor, EquilibriumMap]:
         """(simulated rates, f) of one forward, for analysis: f(rates, "running"), f.linearise(rates, "running")."""
-        moment = self._prepare(x, None)
-        return moment.simulate(Record()).last, moment.map
+        with products_rounded(self.precision, x.device):
+            moment = self._prepare(x, None)
+            return moment.simulate(Record()).last, moment.map
 
     def register_solve_hook(self, hook: SolveHook) -> RemovableHandle:
         """`hook(solution)` is called after every backward solve; returns a handle with `remove()`."""
@@ -214,14 +219,14 @@ class FeedbackSNN(nn.Module):
 
     def _best_path(self, links: Sequence[FixedConnection], device: torch.device) -> tuple[Path, str | None]:
         """The path for `precision` exact or fast, and why it is not the one that was asked for."""
+        if torch.is_autocast_enabled(device.type):
+            return "dense", "autocast is on"
         if device.type == "cuda":
             kernel = available(device)
             if kernel.backend != "triton":
                 return "dense", kernel.reason
             reason = None if self.precision == "exact" else why_no_tf32(device)
             return ("fused" if self.precision == "exact" or reason else "fused_tf32"), reason
-        if torch.is_autocast_enabled("cpu"):
-            return "dense", "autocast is on"
         maps = [link.frozen for link in links]
         reason = event_driven.why_not(maps)
         if reason is not None:

@@ -81,7 +81,8 @@ class VariationalDropout(nn.Module):
         else:
             size = math.prod(like.shape[1:])
             bits = random_bits(key, first, (len(like), -(-size // PIECES)), like.device)
-            mask = bits.view(torch.int16)[:, :size] >= least
+            pieces = bits.reshape(-1).view(torch.int16).view(len(like), PIECES * bits.shape[1])
+            mask = pieces[:, :size] >= least
             gain.copy_(mask.view(like.shape)).mul_(1 / self.keep)
         return gain.permute(0, 3, 1, 2) if channels_last else gain
 
@@ -111,7 +112,7 @@ class DropoutStream:
     Each dropout module has a key of its own, hash(seed, step, number of the module in the model). The samples of a step
     are numbered in order: those of the batches that are accumulated, and of each batch all, of which a rank has its
     share. So a sample gets the same mask with any number of processes and any division of the step into accumulated
-    batches.
+    batches. A module that is called again in the same forward gets another key.
 
         with stream.serving(model):
             stream.begin(step)
@@ -125,13 +126,14 @@ class DropoutStream:
         self.seed = seed
         self._share: Share | None = None
         self._keys: list[int] = []
-        self._taken: list[int] = []
+        self._calls: list[int] = []  # of each module in this forward
+        self._batch = self._before = 0  # number of the batch in the step, and samples of those before it
 
     @contextmanager
     def serving(self, model: nn.Module) -> Iterator[None]:
         """While entered, dropout in `model` draws from here."""
         modules = [module for module in model.modules() if isinstance(module, VariationalDropout)]
-        self._keys, self._taken = [0] * len(modules), [0] * len(modules)
+        self._keys = [0] * len(modules)
         try:
             for index, module in enumerate(modules):
                 module._source = self, index
@@ -145,11 +147,13 @@ class DropoutStream:
         # the 3 keeps this apart from what DeviceLoader draws from (seed, epoch)
         sequence = np.random.SeedSequence((self.seed, step, 3))
         self._keys = sequence.generate_state(len(self._keys), np.uint64).view(np.int64).tolist()
-        self._taken = [0] * len(self._keys)
+        self._share, self._batch, self._before = None, 0, 0
 
     def serve(self, share: Share) -> None:
         """The next forward has these samples of its batch."""
-        self._share = share
+        if self._share is not None:
+            self._batch, self._before = self._batch + 1, self._before + self._share.total
+        self._share, self._calls = share, [0] * len(self._keys)
 
     def take(self, index: int, samples: int) -> tuple[int, int]:
         """(key, number of the first sample) for a mask of `samples` samples of module `index`."""
@@ -161,12 +165,16 @@ class DropoutStream:
                 f"dropout sees a batch of {samples}, but this process has {share.size} of {share.total} samples: with "
                 "several processes the first dimension of what is dropped has to be that of the samples"
             )
-        first = self._taken[index]
+        call, self._calls[index] = self._calls[index], self._calls[index] + 1
         if samples != share.size:  # of what is dropped the first dimension is not that of the samples
-            self._taken[index] += samples
-            return self._keys[index], first
-        self._taken[index] += share.total
-        return self._keys[index], first + share.first
+            return self._key(index, call, self._batch), 0
+        return self._key(index, call, 0), self._before + share.first
+
+    def _key(self, index: int, call: int, batch: int) -> int:
+        if call == batch == 0:
+            return self._keys[index]
+        sequence = np.random.SeedSequence((self._keys[index] % 2**64, call, batch))
+        return int(sequence.generate_state(1, np.uint64).view(np.int64)[0])
 
 
 class _Gains(ctypes.Structure):

@@ -106,6 +106,8 @@ class EquilibriumMap:
         for link, drive in zip(self.chain, (self.drive, *(None for _ in self.layers)), strict=True):
             linear = replace(link, gain=None)
             response = linear.respond(a, statistics, update_running=True, apply=event_driven.apply)
+            if link.connection.bn is not None and link.connection.bn._forward_hooks:
+                response = response.clone()  # a hook may have kept it
             a, slope = fire(response, link.gain, drive, self.neuron.v_threshold)
             slopes.append(slope)
         return a, slopes

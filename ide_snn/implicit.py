@@ -168,7 +168,7 @@ def _solved(
         return jacobian.of_samples(samples).rmatvec  # type: ignore[attr-defined]
 
     part = of_samples if isinstance(jacobian, AnalyticLinearisation) else None
-    with products_rounded(f.precision), without_autocast(g.device.type):
+    with products_rounded(f.precision, g.device), without_autocast(g.device.type):
         solution = solve(LinearProblem(jacobian.rmatvec, g, coupled, f.path in EVENT_PATHS, part), solver)
     for hook in hooks:
         hook(solution)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -46,7 +46,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 def round_products(precision: str) -> None:
-    """Lets torch round float32 products on a GPU to TF32 with `fast`, and not with the others.
+    """For the whole process: lets torch round float32 products on a GPU to TF32 with `fast`, and not with the others.
 
     Torch's own setting is TF32 for convolutions and float32 for matrices.
 
@@ -54,16 +54,29 @@ def round_products(precision: str) -> None:
         ValueError: for an unknown precision.
     """
     require_precision(precision)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "fast"
+    for owner, name, (ieee, tf32) in _switches():
+        setattr(owner, name, tf32 if precision == "fast" else ieee)
 
 
 @contextmanager
-def products_rounded(precision: str) -> Iterator[None]:
-    """Scope of `round_products`."""
-    convolutions, matrices = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolutions.allow_tf32, matrices.allow_tf32
+def products_rounded(precision: str, device: torch.device) -> Iterator[None]:
+    """Scope of `round_products` for products on `device`; on a CPU nothing is touched."""
+    if device.type != "cuda":
+        yield
+        return
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _switches()]
     try:
         round_products(precision)
         yield
     finally:
-        convolutions.allow_tf32, matrices.allow_tf32 = before
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _switches() -> list[tuple[Any, str, tuple[object, object]]]:
+    """(owner, attribute, (its value for float32, for TF32)) of torch's settings."""
+    matrices: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    if hasattr(matrices, "fp32_precision"):  # torch 2.9 refuses to read the older attributes where these differ
+        return [(owner, "fp32_precision", ("ieee", "tf32")) for owner in (matrices, cudnn.conv, cudnn.rnn)]
+    return [(owner, "allow_tf32", (False, True)) for owner in (matrices, cudnn)]

@@ -296,6 +296,18 @@ def test_a_sample_gets_the_same_mask_whatever_its_batch(shape: tuple[int, ...], 
         accumulated = draw(0, Share(1, 3, 4), Share(0, 2, 3))
         assert torch.equal(accumulated[0], first[1:3])
         assert torch.equal(accumulated[2], first[4:6])
+        # a module that is called twice in a forward
+        stream.begin(0)
+        stream.serve(Share.whole(7))
+        assert torch.equal(dropouts[0].draw(like), first)
+        twice = dropouts[0].draw(like)
+        assert not torch.equal(twice, first)
+        stream.begin(0)
+        for part in (Share.whole(4), Share.whole(3)):
+            stream.serve(part)
+            begin = 0 if part.total == 4 else 4
+            for expected in (first, twice):
+                assert torch.equal(dropouts[0].draw(like[: part.total]), expected[begin : begin + part.total])
         stream.serve(Share(0, 3, 7))
         with pytest.raises(ValueError, match="3 of 7 samples"):
             dropouts[0].draw(like)

@@ -389,7 +389,7 @@ def test_dropout_gains(p: float) -> None:
     torch.testing.assert_close(ratio[[0, -1]], torch.tensor([0, 1 / dropout.keep]))
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (3, 6, 3, 5), (200, 400)])
+@pytest.mark.parametrize("shape", [(5, 7), (3, 6, 3, 5), (200, 400), (0, 3), (6, 1), (2, 1025)])
 @pytest.mark.parametrize("p", [1e-4, 0.2, 0.9999])
 def test_compiled_gains_are_the_same(shape: tuple[int, ...], p: float) -> None:
     dropout = VariationalDropout(p)

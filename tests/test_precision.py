@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,33 +13,72 @@ from networks import example_input, small_block, warmed_up
 from torch import Tensor, nn
 
 from ide_snn import FeedbackSNN, Gmres, NeuronParams, event_driven, implicit, native
+from ide_snn import block as block_module
 from ide_snn import chain as chain_module
 from ide_snn.bptt import Bptt
 from ide_snn.layers import Connection
 from ide_snn.precision import Precision, products_rounded
-from ide_snn.solvers import solve
 
 REASON = native.why_unavailable("events")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")
 
 
+def float32_products() -> tuple[object, ...]:
+    """What torch is set to do with float32 products on a GPU."""
+    matrices, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matrices, "fp32_precision"):
+        return matrices.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    return matrices.allow_tf32, cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("precision", ["float32", "exact", "fast"])
-def test_only_fast_lets_a_gpu_round_products(precision: Precision, monkeypatch) -> None:
-    """In the forward and in the solve, whatever the process has set, which is there again afterwards."""
-    block = warmed_up(small_block("conv", precision=precision, solver=Gmres(1e-3))).float()
+def test_only_fast_lets_a_gpu_round_products(precision: Precision) -> None:
+    before, older = float32_products(), (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    try:
+        with pytest.raises(KeyError), products_rounded(precision, torch.device("cuda")):
+            assert set(float32_products()) <= ({"tf32", True} if precision == "fast" else {"ieee", False})
+            raise KeyError
+        assert float32_products() == before
+        assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == older
+        with products_rounded(precision, torch.device("cpu")):
+            assert float32_products() == before
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_forward_and_solve_are_in_the_scope_of_their_precision(monkeypatch) -> None:
     seen = []
 
-    def look(*_: object) -> None:
-        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+    @contextmanager
+    def spy(name: str, device: torch.device) -> Iterator[None]:
+        seen.append((name, device.type, "in"))
+        yield
+        seen.append((name, device.type, "out"))
 
-    block.register_simulation_hook(look)
-    monkeypatch.setattr(implicit, "solve", lambda *arguments: (look(), solve(*arguments))[1])
-    for before in ("float32", "fast"):
-        with products_rounded(before):
-            block(example_input("conv").float()).sum().backward()
-            look()
-    allowed = (precision == "fast",) * 2
-    assert seen == [allowed, allowed, (False, False), allowed, allowed, (True, True)]
+    for module in (block_module, implicit):
+        monkeypatch.setattr(module, "products_rounded", spy)
+    block = warmed_up(small_block("conv", precision="fast", solver=Gmres(1e-3))).float()
+    block.register_simulation_hook(lambda _: seen.append("simulated"))
+    block.register_solve_hook(lambda _: seen.append("solved"))
+    seen.clear()
+    block(example_input("conv").float()).sum().backward()
+    enter, leave = ("fast", "cpu", "in"), ("fast", "cpu", "out")
+    assert seen in (
+        [enter, "simulated", leave, enter, leave, "solved"],
+        [enter, "simulated", leave, enter, "solved", leave],
+    )
+
+
+def test_what_a_hook_of_a_batch_norm_has_kept_is_not_overwritten() -> None:
+    kept = []
+    block = warmed_up(small_block("multilayer", precision="exact", solver=Gmres(1e-3))).float()
+    norm = block.layers[0].bn
+    norm.register_forward_hook(lambda _module, _inputs, output: kept.append((output, output.detach().clone())))
+    block(example_input("multilayer").float()).sum().backward()
+    assert kept
+    assert all(torch.equal(output, then) for output, then in kept)
+    assert float(kept[0][1].min()) < 0
 
 
 def gradients(block: FeedbackSNN, x: Tensor) -> tuple[Tensor, list[Tensor]]:
