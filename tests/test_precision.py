@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def float32_products() -> tuple[object, ...]:
 def test_only_fast_lets_a_gpu_round_products(precision: Precision) -> None:
     before, older = float32_products(), (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
     try:
-        with pytest.raises(KeyError), products_rounded(precision, torch.device("cuda")):
+        with suppress(KeyError), products_rounded(precision, torch.device("cuda")):
             assert set(float32_products()) <= ({"tf32", True} if precision == "fast" else {"ieee", False})
             raise KeyError
         assert float32_products() == before
@@ -64,10 +64,7 @@ def test_forward_and_solve_are_in_the_scope_of_their_precision(monkeypatch) -> N
     seen.clear()
     block(example_input("conv").float()).sum().backward()
     enter, leave = ("fast", "cpu", "in"), ("fast", "cpu", "out")
-    assert seen in (
-        [enter, "simulated", leave, enter, leave, "solved"],
-        [enter, "simulated", leave, enter, "solved", leave],
-    )
+    assert seen == [enter, "simulated", leave, enter, leave, "solved"]
 
 
 def test_what_a_hook_of_a_batch_norm_has_kept_is_not_overwritten() -> None:
