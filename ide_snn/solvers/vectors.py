@@ -12,6 +12,8 @@ from torch import Tensor
 from ide_snn import native
 
 Array = NDArray[np.float64]
+# Small vectors lie on the heap, where pieces of another size in every step cost more memory than they save time.
+LEAST_PARTED = 1 << 18
 WORTH_PARTING = 0.75  # share of the groups up to which products for the open ones alone pay for their copies
 
 
@@ -96,7 +98,7 @@ class NativeKrylov:
 
     def keep(self, is_open: NDArray[np.bool_]) -> None:
         groups = np.flatnonzero(is_open)
-        if len(groups) <= WORTH_PARTING * len(self.vectors[-1]):
+        if self.vectors[0].numel() >= LEAST_PARTED and len(groups) <= WORTH_PARTING * len(self.vectors[-1]):
             self.open = torch.from_numpy(groups)
             self._work.open, self._work.count = self.open.data_ptr(), len(groups)
 
