@@ -12,9 +12,8 @@ from torch import Tensor
 from ide_snn import native
 
 Array = NDArray[np.float64]
-# Small vectors lie on the heap, where pieces of another size in every step cost more memory than they save time.
-LEAST_PARTED = 1 << 18
-WORTH_PARTING = 0.75  # share of the groups up to which products for the open ones alone pay for their copies
+# Products are for all groups or for one, two, three quarters: pieces of any size would scatter over the heap.
+PARTS = 4
 
 
 class _Work(ctypes.Structure):
@@ -97,10 +96,12 @@ class NativeKrylov:
         return self._norm
 
     def keep(self, is_open: NDArray[np.bool_]) -> None:
-        groups = np.flatnonzero(is_open)
-        if self.vectors[0].numel() >= LEAST_PARTED and len(groups) <= WORTH_PARTING * len(self.vectors[-1]):
-            self.open = torch.from_numpy(groups)
-            self._work.open, self._work.count = self.open.data_ptr(), len(groups)
+        now = np.arange(len(self._norm)) if self.open is None else self.open.numpy()
+        part = -(-len(self._norm) // PARTS)
+        size = -(-np.count_nonzero(is_open) // part) * part
+        if size < len(now):  # the open ones first, filled up with others that are still here
+            self.open = torch.from_numpy(np.sort(now[np.argsort(~is_open[now], kind="stable")[:size]]))
+            self._work.open, self._work.count = self.open.data_ptr(), size
 
     def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array, Array]:
         length, shape = np.empty(len(self._norm)), self.vectors[0].shape
