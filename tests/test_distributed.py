@@ -319,6 +319,20 @@ def test_a_sample_gets_the_same_mask_whatever_its_batch(shape: tuple[int, ...], 
     assert not torch.equal(again[0], dropouts[0].draw(like))
 
 
+@pytest.mark.parametrize("each", [3, 513])
+def test_a_compiled_mask_of_a_share_is_that_part_of_the_whole(each: int) -> None:
+    dropout, stream = VariationalDropout(0.3), DropoutStream(5)
+    like = torch.empty(9, each)
+    with stream.serving(torch.nn.Sequential(dropout)):
+        stream.begin(1)
+        stream.serve(Share.whole(9))
+        whole = dropout.draw(like)
+        for native in (False, True):
+            stream.begin(1)
+            stream.serve(Share(2, 6, 9))
+            assert torch.equal(dropout.draw(like[:4], native=native), whole[2:6])
+
+
 TINY = ["trainer.epochs=12", "dataset.train_limit=200", "dataset.test_limit=61", "time_steps=3", "model.hidden=16"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
