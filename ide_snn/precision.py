@@ -54,8 +54,8 @@ def round_products(precision: str) -> None:
         ValueError: for an unknown precision.
     """
     require_precision(precision)
-    for owner, name, (ieee, tf32) in _switches():
-        setattr(owner, name, tf32 if precision == "fast" else ieee)
+    # the older switches: after the newer ones torch refuses to read these
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "fast"
 
 
 @contextmanager
@@ -64,12 +64,15 @@ def products_rounded(precision: str, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in _switches()]
+    require_precision(precision)
+    switches = _switches()
+    before = [getattr(owner, name) for owner, name, _ in switches]
     try:
-        round_products(precision)
+        for owner, name, (ieee, tf32) in switches:
+            setattr(owner, name, tf32 if precision == "fast" else ieee)
         yield
     finally:
-        for owner, name, value in before:
+        for (owner, name, _), value in zip(switches, before, strict=True):
             setattr(owner, name, value)
 
 
@@ -77,6 +80,8 @@ def _switches() -> list[tuple[Any, str, tuple[object, object]]]:
     """(owner, attribute, (its value for float32, for TF32)) of torch's settings."""
     matrices: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    if hasattr(matrices, "fp32_precision"):  # torch 2.9 refuses to read the older attributes where these differ
+    if hasattr(
+        matrices, "fp32_precision"
+    ):  # from torch 2.9 on; unlike the older ones they can always be read and put back
         return [(owner, "fp32_precision", ("ieee", "tf32")) for owner in (matrices, cudnn.conv, cudnn.rnn)]
     return [(owner, "allow_tf32", (False, True)) for owner in (matrices, cudnn)]

@@ -17,7 +17,7 @@ from ide_snn import block as block_module
 from ide_snn import chain as chain_module
 from ide_snn.bptt import Bptt
 from ide_snn.layers import Connection
-from ide_snn.precision import Precision, products_rounded
+from ide_snn.precision import Precision, products_rounded, round_products
 
 REASON = native.why_unavailable("events")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")
@@ -33,18 +33,21 @@ def float32_products() -> tuple[object, ...]:
 
 @pytest.mark.parametrize("precision", ["float32", "exact", "fast"])
 def test_only_fast_lets_a_gpu_round_products(precision: Precision) -> None:
-    before, older = float32_products(), (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    matrices, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     try:
-        with suppress(KeyError), products_rounded(precision, torch.device("cuda")):
-            assert set(float32_products()) <= ({"tf32", True} if precision == "fast" else {"ieee", False})
-            raise KeyError
-        assert float32_products() == before
-        assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == older
-        with products_rounded(precision, torch.device("cpu")):
+        for set_before in ("fast", "float32"):
+            round_products(set_before)
+            assert (cudnn.allow_tf32, matrices.allow_tf32) == (set_before == "fast",) * 2
+            before = float32_products()
+            with suppress(KeyError), products_rounded(precision, torch.device("cuda")):
+                assert set(float32_products()) <= ({"tf32", True} if precision == "fast" else {"ieee", False})
+                raise KeyError
             assert float32_products() == before
-    finally:
-        torch.backends.cudnn.allow_tf32 = True
-        torch.set_float32_matmul_precision("highest")
+            assert (cudnn.allow_tf32, matrices.allow_tf32) == (set_before == "fast",) * 2
+            with products_rounded(precision, torch.device("cpu")):
+                assert float32_products() == before
+    finally:  # as torch begins
+        cudnn.allow_tf32, matrices.allow_tf32 = True, False
 
 
 def test_forward_and_solve_are_in_the_scope_of_their_precision(monkeypatch) -> None:
