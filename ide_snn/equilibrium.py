@@ -97,15 +97,15 @@ class EquilibriumMap:
         z[-1] = z[-1] / self.neuron.v_threshold
         return z
 
-    def rates_and_slopes(self, a: Tensor, statistics: Statistics) -> tuple[Tensor, list[Tensor]]:
+    def rates_and_slopes(self, a: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(f(a), the slopes of `linearise_with`) for event-driven paths; f(a) is differentiable once.
 
-        Updates the running statistics, as a training forward does.
+        Uses batch statistics and updates the running ones, as a training forward does.
         """
         slopes = []
         for link, drive in zip(self.chain, (self.drive, *(None for _ in self.layers)), strict=True):
             linear = replace(link, gain=None)
-            response = linear.respond(a, statistics, update_running=True, apply=event_driven.apply)
+            response = linear.respond(a, "batch", update_running=True, apply=event_driven.apply)
             if link.connection.bn is not None and link.connection.bn._forward_hooks:
                 response = response.clone()  # a hook may have kept it
             a, slope = fire(response, link.gain, drive, self.neuron.v_threshold)

@@ -107,7 +107,7 @@ def attach_gradient(
     # (as a leaf the point collects a gradient nobody reads: one product, the price of sharing the graph)
     point = rates.detach().requires_grad_(by_graph)
     if f.path in EVENT_PATHS and not by_graph:
-        image, slopes = f.rates_and_slopes(point, "batch")
+        image, slopes = f.rates_and_slopes(point)
         jacobian = f.linearise_with(slopes) if jacobian is None else jacobian
     else:
         activations = f.activations(point, "batch", update_running=True)
