@@ -231,8 +231,10 @@ def test_floor_counts_transposed_products_by_the_samples_they_were_for() -> None
         floor.run(4, whole=(2.5, 4)[number % 2])
     for total, count, whole, parts in floor.rounds:
         assert count == 4
-        assert total == pytest.approx(sum(parts.values()), rel=0.2)
+        assert total >= 0.999 * sum(parts.values())
         assert whole in (2.5, 4)
+    # the parts are the whole but for what happens between two looks at the clock
+    assert min(total / sum(parts.values()) for total, _, whole, parts in floor.rounds if whole == 2.5) < 1.2
     one_and_a_half_less = min(floor.rounds, key=lambda r: r[0])
     result = floor.result()
     assert result["transposed_products"] == one_and_a_half_less[2]
