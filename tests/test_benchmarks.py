@@ -228,18 +228,18 @@ def test_floor_is_the_fastest_round_and_says_when_it_does_not_count() -> None:
 def test_floor_counts_transposed_products_by_the_samples_they_were_for() -> None:
     floor = Floor([link("conv")], 1, "float32", ())
     for number in range(5):
-        floor.run(4, whole=(2.5, 4)[number % 2])
+        floor.run(4, whole=(0.5, 4)[number % 2])
     for total, count, whole, parts in floor.rounds:
         assert count == 4
         assert total >= 0.999 * sum(parts.values())
-        assert whole in (2.5, 4)
+        assert whole in (0.5, 4)
     # the parts are the whole but for what happens between two looks at the clock
-    assert min(total / sum(parts.values()) for total, _, whole, parts in floor.rounds if whole == 2.5) < 1.2
-    one_and_a_half_less = min(floor.rounds, key=lambda r: r[0])
+    assert min(total / sum(parts.values()) for total, _, whole, parts in floor.rounds if whole == 0.5) < 1.2
+    fastest = min(floor.rounds, key=lambda r: r[0])
     result = floor.result()
-    assert result["transposed_products"] == one_and_a_half_less[2]
+    assert result["transposed_products"] == fastest[2]
     (row,) = [p for p in result["products"] if p["role"] == "transposed"]
-    assert row["count"] == one_and_a_half_less[2]
+    assert row["count"] == fastest[2]
 
 
 def test_rejection() -> None:
