@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ide_snn import event_driven
+from ide_snn.dense import DenseMap
 from ide_snn.event_driven import EventMap, channels_last
 from ide_snn.firing import fire, fire_
 from ide_snn.layers import Affine, FixedConnection
@@ -26,6 +27,7 @@ from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
 from ide_snn.precision import Precision
 from ide_snn.simulation import EVENT_PATHS, Path
+from ide_snn.solvers.vectors import Factor
 
 Products = Literal["auto", "analytic", "autograd"]
 
@@ -174,9 +176,11 @@ class EquilibriumMap:
             affine = link.frozen
             assert isinstance(affine, Affine)  # callers have seen that all connections are known
             plain = replace(affine, gain=None)
-            # the slopes of fully connected populations are not thin enough for a walk to beat one dense product
-            sparse = self.path in EVENT_PATHS and affine.operator.kind != "linear"
-            maps.append(EventMap(plain) if sparse else plain)
+            if self.path in EVENT_PATHS:
+                # the slopes of fully connected populations are not thin enough for a walk to beat one dense product
+                maps.append(DenseMap(plain) if affine.operator.kind == "linear" else EventMap(plain))
+            else:
+                maps.append(plain)
         return AnalyticLinearisation(tuple(maps), tuple(slopes))
 
     @torch.no_grad()
@@ -194,9 +198,14 @@ class AnalyticLinearisation:
     maps: tuple[LinearMap, ...]
     slopes: tuple[Tensor, ...]
 
-    def of_samples(self, index: Tensor) -> AnalyticLinearisation:
-        """J of these samples of the batch alone."""
-        return replace(self, slopes=tuple(_rows(slope, index) for slope in self.slopes))
+    def transposed_factors(self) -> tuple[Factor, ...] | None:
+        """J^T as kernels, the factor that is applied first at the front; None where a map has no such kernel."""
+        factors = []
+        for link, slope in zip(reversed(self.maps), reversed(self.slopes), strict=True):
+            if not isinstance(link, (EventMap, DenseMap)):
+                return None
+            factors.append(link.adjoint_factor(slope))
+        return tuple(factors)
 
     def matvec(self, w: Tensor) -> Tensor:
         with torch.no_grad():
@@ -209,13 +218,6 @@ class AnalyticLinearisation:
             for link, slope in zip(reversed(self.maps), reversed(self.slopes), strict=True):
                 v = link.adjoint(v, slope)
         return v
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] in the layout of x [B, C, H, W] or [B, C]."""
-    if x.is_contiguous():
-        return x.index_select(0, index)
-    return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from ide_snn.layers import Affine
 from ide_snn.neurons import NeuronParams
 from ide_snn.operators import Operator
 from ide_snn.reach import Reach
+from ide_snn.solvers.vectors import Factor
 from ide_snn.spiking import operator_gradients
 
 LANES, STRETCH = 16, 512  # of csrc/events.c
@@ -66,14 +67,6 @@ class _Pack(ctypes.Structure):
     ]
 
 
-class _Rate(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("samples", "size", "populations", "next")),
-        *((name, ctypes.c_void_p) for name in ("membrane", "sizes", "weighted", "rate")),
-        ("total", ctypes.c_double),
-    ]
-
-
 class _Scratch(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("threads", "size", "accumulators", "events", "positions")),
@@ -83,10 +76,17 @@ class _Scratch(ctypes.Structure):
     @classmethod
     def of(cls, accumulators: int, events: int, positions: int) -> tuple[_Scratch, Tensor]:
         """Room for every thread: for so many sums, events and positions; and the memory, which the caller keeps."""
+        scratch = cls.sizes(accumulators, events, positions)
+        memory = torch.empty(torch.get_num_threads() * scratch.size, dtype=torch.uint8)
+        scratch.memory = memory.data_ptr()
+        return scratch, memory
+
+    @classmethod
+    def sizes(cls, accumulators: int, events: int, positions: int) -> _Scratch:
+        """The same without memory."""
         sizes = [-(-n // 16) * 16 for n in (accumulators, events + 8, positions + 1)]
         each = 4 * (sizes[0] + 2 * sizes[1] + 4 * sizes[2])  # all numbers have four bytes
-        memory = torch.empty(torch.get_num_threads() * each, dtype=torch.uint8)
-        return cls(0, each, *sizes, memory.data_ptr()), memory
+        return cls(0, each, *sizes, None)
 
 
 class _Simulation(ctypes.Structure):
@@ -97,6 +97,10 @@ class _Simulation(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("threshold", "leak")),
         ("scratch", _Scratch),
     ]
+
+
+class _Factor(ctypes.Structure):
+    _fields_ = [("connection", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("scratch", _Scratch)]
 
 
 class _Product(ctypes.Structure):
@@ -111,7 +115,7 @@ class _Product(ctypes.Structure):
 def why_not(maps: Sequence[object]) -> str | None:
     """None where the event-driven kernels can take all of `maps`, else the reason."""
     reasons = (_why_not(affine) for affine in maps)
-    unavailable = (native.why_unavailable(name) for name in ("events", "krylov", "elementwise"))
+    unavailable = (native.why_unavailable(name) for name in ("events", "krylov", "elementwise", "dense"))
     return next((reason for reason in (*reasons, *unavailable) if reason), None)
 
 
@@ -293,6 +297,18 @@ class EventMap:
         """K^T (scale * y)."""
         return self._backward(y, scale)
 
+    def adjoint_factor(self, scale: Tensor) -> Factor:
+        """y -> K^T (scale * y) of single samples, for solves."""
+        connection, scale = self._backward, channels_last(scale)
+        reach = connection.reach
+        struct = connection.as_struct(reach, slice(None))
+        scratch = _Scratch.sizes(
+            reach.out_positions * connection.block, reach.in_positions * connection.in_channels, reach.in_positions
+        )
+        work = _Factor(ctypes.addressof(struct), scale.data_ptr(), scratch)
+        size = reach.out_positions * connection.out_channels
+        return Factor("events", "multiply", work, (connection, struct, scale), size, scratch=scratch.size)
+
 
 class State(Protocol):
     """One population: channels-last tensors [B, *shape], float32 but for the spikes, which are uint8."""
@@ -349,22 +365,6 @@ def _advance(
         scratch,
     )
     native.run("events", "simulate", work, steps * sum(state.u.numel() for state in states))
-
-
-def weighted_rate(states: Sequence[State], total: float) -> Tensor:
-    """`weighted` of the last population / total, NaN in samples where a membrane of any is NaN or infinite."""
-    weighted = states[-1].weighted
-    assert weighted is not None  # the rate that every simulation measures
-    result, samples = torch.empty_like(weighted), max(len(weighted), 1)
-    membranes = np.array([state.u.data_ptr() for state in states], dtype=np.uintp)
-    sizes = np.array([state.u.numel() // samples for state in states], dtype=np.int64)
-    work = _Rate(
-        *(len(weighted), weighted.numel() // samples, len(states), 0),
-        *(membranes.ctypes.data, sizes.ctypes.data, weighted.data_ptr(), result.data_ptr()),
-        total,
-    )
-    native.run("elementwise", "rate", work, weighted.numel() + sum(s.u.numel() for s in states))
-    return result
 
 
 def _parts(batch: int, connections: Sequence[EventConnection]) -> Iterator[tuple[slice, int, tuple[Reach, ...]]]:

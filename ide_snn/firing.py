@@ -1,4 +1,6 @@
-"""The firing rate of a population and its slopes, in one pass over memory: float32 on a CPU, for event-driven paths.
+"""Firing rates in one pass over memory: float32 on a CPU, for event-driven paths.
+
+Of f, with its slopes:
 
     z = (gain response + drive) / V_th        rate = sigma(z)
     through = sigma'(z) / V_th                derivative of the rate in the drive
@@ -10,14 +12,24 @@ The numbers are those of the torch operations one after the other. Source: Xiao 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ide_snn import native
-from ide_snn.event_driven import channels_last, empty_channels_last
+from ide_snn.event_driven import State, channels_last, empty_channels_last
+
+
+class _Rate(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("samples", "size", "populations", "next")),
+        *((name, ctypes.c_void_p) for name in ("membrane", "sizes", "weighted", "rate")),
+        ("total", ctypes.c_double),
+    ]
 
 
 class _Slopes(ctypes.Structure):
@@ -71,3 +83,19 @@ class _Fire(torch.autograd.Function):
             None,
             None,
         )
+
+
+def weighted_rate(states: Sequence[State], total: float) -> Tensor:
+    """`weighted` of the last population / total, NaN in samples where a membrane of any is NaN or infinite."""
+    weighted = states[-1].weighted
+    assert weighted is not None  # the rate that every simulation measures
+    result, samples = torch.empty_like(weighted), max(len(weighted), 1)
+    membranes = np.array([state.u.data_ptr() for state in states], dtype=np.uintp)
+    sizes = np.array([state.u.numel() // samples for state in states], dtype=np.int64)
+    work = _Rate(
+        *(len(weighted), weighted.numel() // samples, len(states), 0),
+        *(membranes.ctypes.data, sizes.ctypes.data, weighted.data_ptr(), result.data_ptr()),
+        total,
+    )
+    native.run("elementwise", "rate", work, weighted.numel() + sum(s.u.numel() for s in states))
+    return result

@@ -164,12 +164,10 @@ def _solved(
 ) -> Tensor:
     """v with (I - J^T) v = g; tells the hooks, and everybody if it failed."""
 
-    def of_samples(samples: Tensor) -> Callable[[Tensor], Tensor]:
-        return jacobian.of_samples(samples).rmatvec  # type: ignore[attr-defined]
-
-    part = of_samples if isinstance(jacobian, AnalyticLinearisation) else None
+    native = f.path in EVENT_PATHS
+    factors = jacobian.transposed_factors() if native and isinstance(jacobian, AnalyticLinearisation) else None
     with products_rounded(f.precision, g.device), without_autocast(g.device.type):
-        solution = solve(LinearProblem(jacobian.rmatvec, g, coupled, f.path in EVENT_PATHS, part), solver)
+        solution = solve(LinearProblem(jacobian.rmatvec, g, coupled, native, factors), solver)
     for hook in hooks:
         hook(solution)
     if solution.outcome is not Outcome.converged:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ FLAGS = (
     "-shared",
     "-std=gnu11",
 )
+
+# Where nothing of the kind is promised.
+FLAGS_OF = {"dense": ("-ffp-contract=fast",)}
 
 WORTH_THREADS = 1 << 16  # numbers: below, waking them costs more than they save
 
@@ -60,10 +64,11 @@ def library(name: str) -> ctypes.CDLL:
     source = SOURCES / f"{name}.c"
     compiler = _compiler()
     # machines that share a cache folder must not share code made for another processor
-    identity = "\n".join((source.read_text(), " ".join(FLAGS), _version(compiler), _processor()))
+    flags = (*FLAGS, *FLAGS_OF.get(name, ()))
+    identity = "\n".join((source.read_text(), " ".join(flags), _version(compiler), _processor()))
     target = cache_folder() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not target.exists():
-        _compile(compiler, source, target)
+        _compile(compiler, flags, source, target)
     try:
         return ctypes.CDLL(str(target))
     except OSError as error:
@@ -110,6 +115,13 @@ def run(name: str, kernel: str, work: ctypes.Structure, elements: int) -> None:
         thread.join()
 
 
+def address(name: str, kernel: str) -> int:
+    """Where the function `kernel` of csrc/`name`.c is, for other kernels to call."""
+    found = _kernel(name, kernel)[1].value
+    assert found is not None  # a function that was found is somewhere
+    return found
+
+
 @functools.cache
 def _kernel(name: str, kernel: str) -> tuple[Any, ctypes.c_void_p]:
     """The function and its address."""
@@ -153,7 +165,7 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
-def _compile(compiler: str, source: Path, target: Path) -> None:
+def _compile(compiler: str, flags: Sequence[str], source: Path, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # into a file of its own, then renamed: two runs may compile at the same time
@@ -163,7 +175,7 @@ def _compile(compiler: str, source: Path, target: Path) -> None:
     os.close(handle)
     try:
         done = subprocess.run(
-            [compiler, *FLAGS, str(source), "-o", scratch], capture_output=True, text=True, check=False
+            [compiler, *flags, str(source), "-o", scratch], capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise NativeUnavailable(f"{compiler} failed on {source.name}: {done.stderr.strip()[-500:]}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ide_snn import event_driven
+from ide_snn.firing import weighted_rate
 from ide_snn.kernels import in_layout_of, neuron_step_
 from ide_snn.layers import Affine, cached_weights
 from ide_snn.neurons import NeuronParams, step_
@@ -320,7 +321,7 @@ def _measure(
 def _last_rate(populations: Sequence[_Population], neuron: NeuronParams, time_steps: int) -> Tensor:
     """The last population's weighted rate after `time_steps` steps."""
     if populations[-1].path in EVENT_PATHS:
-        return event_driven.weighted_rate(populations, neuron.total_weight(time_steps))
+        return weighted_rate(populations, neuron.total_weight(time_steps))
     # A membrane that is NaN never fires, which would look like silence: the whole sample's rates become NaN instead.
     poison = torch.stack([(p.u * 0).sum(list(range(1, p.u.dim()))) for p in populations]).sum(0)
     last = populations[-1]

@@ -30,6 +30,7 @@ LAYERS = [
     "normalization",
     "layers",
     "links",
+    "dense",
     "event_driven",
     "firing",
     "simulation",

@@ -70,12 +70,15 @@ typedef struct {
     int64_t active;   /* entries of `order` */
 } Events;
 
-static Events take_scratch(Scratch *s, float **acc) {
-    char *mine = s->memory + __atomic_fetch_add(&s->threads, 1, __ATOMIC_RELAXED) * s->size;
+static Events cut_scratch(const Scratch *s, char *mine, float **acc) {
     *acc = (float *)mine;
     int32_t *channel = (int32_t *)(*acc + s->accumulators), *first = channel + 2 * s->events;
     Events events = {channel, (float *)(channel + s->events), first, first + s->positions, first + 2 * s->positions, 0};
     return events;
+}
+
+static Events take_scratch(Scratch *s, float **acc) {
+    return cut_scratch(s, s->memory + __atomic_fetch_add(&s->threads, 1, __ATOMIC_RELAXED) * s->size, acc);
 }
 
 /* Notes the positions that have events: those of p end before event n. */
@@ -412,6 +415,24 @@ typedef struct {
     Scratch scratch;
 } Product;
 
+/* y [out_positions][out_channels] = gain * (K x + bias) of sample `sample`, from the events of x. */
+static void response(const Connection *k, int64_t sample, const Events *events, int weighted, float *acc, float *y) {
+    const float *gain = k->gain ? k->gain + sample * k->out_positions * k->out_channels : 0;
+    for (int64_t b = 0; b < k->blocks; b++) {
+        float room[STRETCH];
+        if (k->levels) respond_in_levels(k, b, events, (int16_t *)acc);
+        else respond(k, b, events, weighted, acc);
+        int64_t c = b * k->block, n = k->out_channels - c < k->block ? k->out_channels - c : k->block;
+        for (int64_t p = 0; p < k->out_positions; p++) {
+            int64_t at = p * k->out_channels + c;
+            if (k->levels) from_levels(k, b, 1, (const int16_t *)acc + p * k->block, room);
+            memcpy(y + at, k->levels ? room : acc + p * k->block, n * sizeof(float));
+            if (gain)
+                for (int64_t j = 0; j < n; j++) y[at + j] *= gain[at + j];
+        }
+    }
+}
+
 /* y = gain * (K (scale * x) + bias), or of the spikes. With levels, of spikes only. */
 void product(Product *w) {
     const Connection *k = w->connection;
@@ -422,18 +443,24 @@ void product(Product *w) {
         const float *scale = w->scale ? w->scale + sample * in : 0;
         if (w->spikes) collect_spikes(w->spikes + sample * in, k->in_positions, k->in_channels, &events);
         else collect_values(w->x + sample * in, scale, k->in_positions, k->in_channels, &events);
-        for (int64_t b = 0; b < k->blocks; b++) {
-            float room[STRETCH];
-            if (k->levels) respond_in_levels(k, b, &events, (int16_t *)acc);
-            else respond(k, b, &events, !w->spikes, acc);
-            int64_t c = b * k->block, n = k->out_channels - c < k->block ? k->out_channels - c : k->block;
-            for (int64_t p = 0; p < k->out_positions; p++) {
-                int64_t at = sample * out + p * k->out_channels + c;
-                if (k->levels) from_levels(k, b, 1, (const int16_t *)acc + p * k->block, room);
-                memcpy(w->y + at, k->levels ? room : acc + p * k->block, n * sizeof(float));
-                if (k->gain)
-                    for (int64_t j = 0; j < n; j++) w->y[at + j] *= k->gain[at + j];
-            }
-        }
+        response(k, sample, &events, !w->spikes, acc, w->y + sample * out);
+    }
+}
+
+typedef struct {
+    const Connection *connection;
+    const float *scale; /* [B][in_positions][in_channels] or NULL */
+    Scratch scratch;    /* its sizes; the memory comes with each call */
+} Factor;
+
+/* y[i] = K (scale * x[i]) for samples[i] of the batch, as a factor of a solve (csrc/krylov.c). */
+void multiply(const Factor *f, char *scratch, int64_t count, const int64_t *samples, const float *const *x, float *const *y) {
+    const Connection *k = f->connection;
+    int64_t in = k->in_positions * k->in_channels;
+    float *acc;
+    Events events = cut_scratch(&f->scratch, scratch, &acc);
+    for (int64_t i = 0; i < count; i++) {
+        collect_values(x[i], f->scale ? f->scale + samples[i] * in : 0, k->in_positions, k->in_channels, &events);
+        response(k, samples[i], &events, 1, acc, y[i]);
     }
 }

@@ -20,22 +20,13 @@ typedef float Lanes __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias
 typedef double Wide __attribute__((vector_size(8 * WIDTH)));
 
 typedef struct {
-    int64_t groups, n;   /* of the vectors [groups][n] */
-    int64_t count;       /* of the groups to work on, open[0..count - 1]; all where open is NULL */
-    int64_t k, m;        /* of the Krylov space: vectors in use, and dimensions at most */
-    int64_t passes;      /* of Gram-Schmidt */
-    const float *b;      /* [groups][n] */
-    float *y, *image;    /* [groups][n]; image [count][n] in the order of `open` */
-    float *const *basis; /* k + 1 vectors [some groups][n] */
-    const int64_t *const *rows; /* of each, the row of every group in it; NULL: its number */
-    const int64_t *open;
-    int64_t *dimensions; /* [groups], of the space of each */
-    double *state;       /* [groups][m * m + 3 * m + 1], see state_of */
-    float *unit;         /* [groups], powers of two */
-    double *norm, *length; /* [groups]; of what, each kernel says */
-    double noise;
-    int64_t padding[8];  /* what threads write is not in the cache line of what they read */
-    int64_t next;        /* group to be taken by the next thread; starts at 0 */
+    int64_t groups, n;     /* of the vectors [groups][n] */
+    const float *b;
+    float *y, *image;
+    float *unit;           /* [groups], powers of two */
+    double *norm;          /* [groups]; of what, each kernel says */
+    int64_t padding[8];    /* what threads write is not in the cache line of what they read */
+    int64_t next;          /* group to be taken by the next thread; starts at 0 */
 } Work;
 
 #define WORTH_TAKING 8192 /* numbers */
@@ -43,18 +34,13 @@ typedef struct {
 /* The next group of this thread after *g, of those up to *end that it has taken. */
 static inline int next_group(Work *w, int64_t *g, int64_t *end) {
     if (++*g < *end) return 1;
-    int64_t some = w->n < WORTH_TAKING ? WORTH_TAKING / (w->n + 1) + 1 : 1, all = w->open ? w->count : w->groups;
+    int64_t some = w->n < WORTH_TAKING ? WORTH_TAKING / (w->n + 1) + 1 : 1;
     *g = __atomic_fetch_add(&w->next, some, __ATOMIC_RELAXED);
-    *end = *g + some < all ? *g + some : all;
+    *end = *g + some < w->groups ? *g + some : w->groups;
     return *g < *end;
 }
 
 #define FOR_GROUPS(w) for (int64_t g = -1, end = 0; next_group(w, &g, &end);)
-
-/* Basis vector j of group g. */
-static inline float *vector(const Work *w, int64_t j, int64_t g) {
-    return w->basis[j] + (w->rows[j] ? w->rows[j][g] : g) * w->n;
-}
 
 static double dot(int64_t n, const float *x, const float *y) {
     Lanes sums[SUMS] = {0};
@@ -105,99 +91,172 @@ void rescale(Work *w) {
     }
 }
 
-/* A Krylov space of at most m dimensions, in double: for each group the triangular factor R [m][m] (by columns), the
+/* One factor of A as a kernel: y[i] = its product with x[i] for samples[i] of the batch, i < count. */
+typedef void (*Apply)(const void *factor, char *scratch, int64_t count, const int64_t *samples, const float *const *x,
+                      float *const *y);
+
+typedef struct {
+    Apply apply;
+    const void *factor;
+    int64_t size;               /* numbers per sample of y */
+} Factor;
+
+/* GMRES without restarts, each group in a Krylov space of its own. A thread takes `together` groups, and multiplies those
+ * of them that are not solved. */
+typedef struct {
+    int64_t groups, n, together;
+    int64_t m, passes;          /* dimensions at most; of Gram-Schmidt */
+    const Factor *factors;      /* of A, the one that is applied first at the front */
+    int64_t count;              /* of them */
+    const float *b, *start;     /* [groups][n] right-hand sides; added to the solutions, or NULL */
+    float *y, *residual;        /* [groups][n]; rows of the residual are written where it is not enough. It may be NULL */
+    const double *enough;       /* [groups] norm of a residual that needs no further dimension */
+    double *norm, *length;      /* [groups] of the residual, and of y */
+    int64_t *dimensions;        /* [groups] used: products */
+    double noise;
+    char *memory;
+    int64_t room[4];            /* bytes of a thread's memory: of its basis, its states, a product between factors, and scratch */
+    int64_t padding[8];         /* what threads write is not in the cache line of what they read */
+    int64_t next, threads;      /* first group to be taken by the next thread, and threads that have memory; both start at 0 */
+} Solve;
+
+/* The space of one group: q_0..q_m, `stride` numbers apart, and in double the triangular factor R [m][m] (by columns), the
  * rotations (cos, sin) [m][2], and the right-hand side [m + 1] of min ||beta e_1 - H c||. */
-static double *state_of(const Work *w, int64_t g) { return w->state + g * (w->m * w->m + 3 * w->m + 1); }
+typedef struct {
+    float *basis;
+    double *r, *rotation, *right;
+    int64_t stride, k, group;
+} Space;
 
-/* Starts the spaces: y becomes q_1 = b / ||b||, 0 where b is. */
-void start(Work *w) {
-    FOR_GROUPS(w) {
-        const float *b = w->b + g * w->n;
-        float *q = w->y + g * w->n;
-        double length = sqrt(dot(w->n, b, b));
-        float factor = length == 0 ? 0.0f : (float)(1 / length);
-        for (int64_t i = 0; i < w->n; i++) q[i] = b[i] * factor;
-        state_of(w, g)[w->m * w->m + 2 * w->m] = length;
+static int64_t state_size(int64_t m) { return m * m + 3 * m + 1; }
+
+/* q_0 = b / ||b||, 0 where b is. Returns ||b||. */
+static double begin(const Solve *w, Space *s) {
+    const float *b = w->b + s->group * w->n;
+    double length = sqrt(dot(w->n, b, b));
+    float factor = length == 0 ? 0.0f : (float)(1 / length);
+    for (int64_t i = 0; i < w->n; i++) s->basis[i] = b[i] * factor;
+    s->right[0] = length;
+    s->k = 0;
+    return length;
+}
+
+/* From A q_k, which lies at q_{k+1}: (1 - A) q_k, made orthogonal to q_0..q_k by modified Gram-Schmidt and normalised, becomes
+ * q_{k+1}; where it falls below `noise` times its length before it is noise, and becomes 0. Its coefficients, a column of H,
+ * are turned into one of R by the rotations so far and a new one. Returns the norm of the residual that is left. */
+static double extend(const Solve *w, Space *s) {
+    int64_t n = w->n, k = s->k++;
+    float *x = s->basis + s->stride * (k + 1);
+    const float *newest = s->basis + s->stride * k;
+    double *column = s->r + k * w->m;
+    for (int64_t i = 0; i < n; i++) x[i] = newest[i] - x[i];
+    double before = sqrt(dot(n, x, x));
+    for (int64_t j = 0; j <= k; j++) column[j] = 0;
+    for (int64_t pass = 0; pass < w->passes; pass++)
+        for (int64_t j = 0; j <= k; j++) {
+            const float *q = s->basis + s->stride * j;
+            float c = (float)dot(n, q, x);
+            for (int64_t i = 0; i < n; i++) x[i] -= c * q[i];
+            column[j] += c;
+        }
+    double length = sqrt(dot(n, x, x));
+    if (length <= w->noise * before) length = 0; /* also NaN stays NaN */
+    float unit = length == 0 ? 0.0f : (float)(1 / length);
+    for (int64_t i = 0; i < n; i++) x[i] *= unit;
+
+    for (int64_t i = 0; i < k; i++) {
+        double upper = column[i], lower = column[i + 1], cosine = s->rotation[2 * i], sine = s->rotation[2 * i + 1];
+        column[i] = cosine * upper + sine * lower;
+        column[i + 1] = cosine * lower - sine * upper;
+    }
+    double radius = hypot(column[k], length);
+    /* An image in the span of those before it reduces nothing: its coefficient is 0, and all that is left stays. */
+    int useless = radius <= w->noise * before;
+    double cosine = useless ? 0 : column[k] / radius, sine = useless ? 1 : length / radius;
+    if (useless) radius = 0;
+    if (isnan(radius)) cosine = sine = radius;
+    s->rotation[2 * k] = cosine;
+    s->rotation[2 * k + 1] = sine;
+    column[k] = radius;
+    s->right[k + 1] = -sine * s->right[k];
+    s->right[k] *= cosine;
+    return fabs(s->right[k + 1]);
+}
+
+/* y = start + c_0 q_0 + ... + c_{k-1} q_{k-1} with R c = right; a useless direction gets 0. The residual is the basis q_0..q_k
+ * times the right-hand side that is left with its rotations turned back; it overwrites q_k. */
+static void finish(const Solve *w, Space *s) {
+    int64_t n = w->n, k = s->k, g = s->group;
+    double *c = s->right, *rotation = s->rotation;
+    double rest[2] = {c[k], c[k]}; /* coefficient of q_{i+1} before rotation i is turned back, and after */
+    for (int64_t i = k - 1; i >= 0; i--) {
+        for (int64_t j = i + 1; j < k; j++) c[i] -= s->r[j * w->m + i] * c[j];
+        c[i] = s->r[i * w->m + i] == 0 ? 0 : c[i] / s->r[i * w->m + i];
+        rest[1] = rotation[2 * i] * rest[0];
+        rest[0] = -rotation[2 * i + 1] * rest[0];
+        rotation[2 * i] = rest[1]; /* now that of q_{i+1}; rest[0] is that of q_0 in the end */
+    }
+    const float *start = w->start ? w->start + g * n : 0;
+    float *left = s->basis + s->stride * k, *y = w->y + g * n, own = (float)(k ? rotation[2 * k - 2] : rest[0]);
+    for (int64_t i = 0; i < n; i++) left[i] *= own;
+    if (!k)
+        for (int64_t i = 0; i < n; i++) y[i] = start ? start[i] : 0;
+    for (int64_t j = 0; j < k; j++) {
+        const float *q = s->basis + s->stride * j, *before = j ? y : start;
+        float share = (float)c[j], of_rest = (float)(j ? rotation[2 * j - 2] : rest[0]);
+        if (before)
+            for (int64_t i = 0; i < n; i++) y[i] = before[i] + share * q[i];
+        else
+            for (int64_t i = 0; i < n; i++) y[i] = share * q[i];
+        for (int64_t i = 0; i < n; i++) left[i] += of_rest * q[i];
+    }
+    w->dimensions[g] = k;
+    w->norm[g] = sqrt(dot(n, left, left));
+    w->length[g] = sqrt(dot(n, y, y));
+    if (w->residual && !(w->norm[g] <= w->enough[g])) memcpy(w->residual + g * n, left, n * sizeof(float));
+}
+
+/* The q_{k+1} of `open` spaces = A q_k, from factor to factor through `between`. */
+static void multiply(const Solve *w, int64_t open, Space *const *spaces, char *between, char *scratch) {
+    int64_t samples[open];
+    const float *from[open];
+    float *to[open];
+    for (int64_t i = 0; i < open; i++) {
+        samples[i] = spaces[i]->group;
+        from[i] = spaces[i]->basis + spaces[i]->stride * spaces[i]->k;
+    }
+    for (int64_t f = 0; f < w->count; f++) {
+        for (int64_t i = 0; i < open; i++)
+            to[i] = f + 1 < w->count ? (float *)(between + f % 2 * w->room[2]) + i * w->factors[f].size
+                                     : spaces[i]->basis + spaces[i]->stride * (spaces[i]->k + 1);
+        w->factors[f].apply(w->factors[f].factor, scratch, open, samples, from, to);
+        for (int64_t i = 0; i < open; i++) from[i] = to[i];
     }
 }
 
-/* For each open group: x = q_k - image, made orthogonal to q_1..q_k by modified Gram-Schmidt and normalised, overwrites
- * image; an x below `noise` times its length before is noise, and becomes 0. Its coefficients, column k of H, are turned
- * by Givens rotations; norm [groups] gets the residual norm of the least-squares problem. */
-void extend(Work *w) {
-    int64_t n = w->n, k = w->k, m = w->m;
-    for (int64_t i = -1, end = 0; next_group(w, &i, &end);) {
-        int64_t g = w->open ? w->open[i] : i;
-        float *x = w->image + i * n;
-        const float *newest = vector(w, k - 1, g);
-        double *column = state_of(w, g) + (k - 1) * m, *rotation = state_of(w, g) + m * m;
-        double *right = rotation + 2 * m;
-        for (int64_t i = 0; i < n; i++) x[i] = newest[i] - x[i];
-        double before = sqrt(dot(n, x, x));
-        for (int64_t j = 0; j < k; j++) column[j] = 0;
-        for (int64_t pass = 0; pass < w->passes; pass++)
-            for (int64_t j = 0; j < k; j++) {
-                const float *q = vector(w, j, g);
-                float c = (float)dot(n, q, x);
-                for (int64_t i = 0; i < n; i++) x[i] -= c * q[i];
-                column[j] += c;
+void gmres(Solve *w) {
+    char *mine = w->memory + __atomic_fetch_add(&w->threads, 1, __ATOMIC_RELAXED) * (w->room[0] + w->room[1] + 2 * w->room[2] + w->room[3]);
+    float *basis = (float *)mine;
+    double *state = (double *)(mine + w->room[0]);
+    char *between = (char *)state + w->room[1], *scratch = between + 2 * w->room[2];
+    for (int64_t first; (first = __atomic_fetch_add(&w->next, w->together, __ATOMIC_RELAXED)) < w->groups;) {
+        int64_t groups = w->groups - first < w->together ? w->groups - first : w->together, open = 0;
+        Space spaces[groups], *unsolved[groups];
+        for (int64_t i = 0; i < groups; i++) {
+            double *r = state + i * state_size(w->m), *rotation = r + w->m * w->m;
+            spaces[i] = (Space){basis + i * w->n, r, rotation, rotation + 2 * w->m, w->together * w->n, 0, first + i};
+            double left = begin(w, spaces + i);
+            if (left > w->enough[first + i] && left < INFINITY) unsolved[open++] = spaces + i;
+        }
+        for (int64_t k = 0; open && k < w->m; k++) {
+            multiply(w, open, unsolved, between, scratch);
+            int64_t kept = 0;
+            for (int64_t i = 0; i < open; i++) {
+                double left = extend(w, unsolved[i]);
+                if (left > w->enough[unsolved[i]->group] && left < INFINITY) unsolved[kept++] = unsolved[i];
             }
-        double length = sqrt(dot(n, x, x));
-        if (length <= w->noise * before) length = 0; /* also NaN stays NaN */
-        float unit = length == 0 ? 0.0f : (float)(1 / length);
-        for (int64_t i = 0; i < n; i++) x[i] *= unit;
-
-        for (int64_t i = 0; i + 1 < k; i++) {
-            double upper = column[i], lower = column[i + 1], cosine = rotation[2 * i], sine = rotation[2 * i + 1];
-            column[i] = cosine * upper + sine * lower;
-            column[i + 1] = cosine * lower - sine * upper;
+            open = kept;
         }
-        double radius = hypot(column[k - 1], length);
-        /* An image in the span of those before it reduces nothing: its coefficient is 0, and all that is left stays. */
-        int useless = radius <= w->noise * before;
-        double cosine = useless ? 0 : column[k - 1] / radius, sine = useless ? 1 : length / radius;
-        if (useless) radius = 0;
-        if (isnan(radius)) cosine = sine = radius;
-        rotation[2 * k - 2] = cosine;
-        rotation[2 * k - 1] = sine;
-        column[k - 1] = radius;
-        right[k] = -sine * right[k - 1];
-        right[k - 1] *= cosine;
-        w->norm[g] = fabs(right[k]);
-        w->dimensions[g] = k;
-    }
-}
-
-/* y = b (NULL: 0) + c_1 q_1 + ... + c_k q_k with R c = right; a useless direction gets 0. The residual, the basis q_1..q_{k+1} times
- * the right-hand side that is left with its rotations turned back, goes to image, which may be q_{k+1}; norm [groups] is
- * its own, and length [groups] that of y. k is the group's own. */
-void finish(Work *w) {
-    int64_t n = w->n, m = w->m;
-    FOR_GROUPS(w) {
-        int64_t k = w->dimensions[g];
-        double *r = state_of(w, g), *rotation = r + m * m, *c = rotation + 2 * m;
-        double rest[2] = {c[k], 0}; /* coefficient of q_{i+2} before rotation i is turned back, and after */
-        for (int64_t i = k - 1; i >= 0; i--) {
-            for (int64_t j = i + 1; j < k; j++) c[i] -= r[j * m + i] * c[j];
-            c[i] = r[i * m + i] == 0 ? 0 : c[i] / r[i * m + i];
-            rest[1] = rotation[2 * i] * rest[0];
-            rest[0] = -rotation[2 * i + 1] * rest[0];
-            rotation[2 * i] = rest[1]; /* now that of q_{i+2}; rest[0] is that of q_1 in the end */
-        }
-        const float *last = vector(w, k, g);
-        float *left = w->image + g * n, *y = w->y + g * n;
-        for (int64_t i = 0; i < n; i++) left[i] = last[i] * (float)rotation[2 * k - 2];
-        for (int64_t j = 0; j < k; j++) {
-            const float *q = vector(w, j, g);
-            float share = (float)c[j], of_rest = (float)(j ? rotation[2 * j - 2] : rest[0]);
-            const float *before = j ? y : w->b ? w->b + g * n : 0;
-            if (before)
-                for (int64_t i = 0; i < n; i++) y[i] = before[i] + share * q[i];
-            else
-                for (int64_t i = 0; i < n; i++) y[i] = share * q[i];
-            for (int64_t i = 0; i < n; i++) left[i] += of_rest * q[i];
-        }
-        w->norm[g] = sqrt(dot(n, left, left));
-        w->length[g] = sqrt(dot(n, y, y));
+        for (int64_t i = 0; i < groups; i++) finish(w, spaces + i);
     }
 }

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ide_snn.solvers.vectors import rescaled, residual_
+from ide_snn.solvers.vectors import Factor, rescaled, residual_
 
 Array = NDArray[np.float64]
 
@@ -104,14 +104,15 @@ class LinearProblem:
 
     coupled: True where A mixes samples of the batch; then there is one group.
     native: the solver may use compiled kernels (float32 on a CPU), and overwrite what `matvec` returns.
-    of_samples: the product for some samples alone, of_samples(index)(v [len(index), *]); where A does not mix them.
+    factors: A as kernels that multiply samples one by one, the one that is applied first at the front; with `native`,
+        where A does not mix samples.
     """
 
     matvec: Callable[[Tensor], Tensor]
     rhs: Tensor
     coupled: bool = False
     native: bool = False
-    of_samples: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
+    factors: tuple[Factor, ...] | None = None
 
     @property
     def start(self) -> Tensor:
@@ -178,17 +179,15 @@ class Workspace:
     def rows(self, x: Tensor) -> Tensor:
         if self.channels_last:
             x = x.permute(0, 2, 3, 1)
-        groups = 1 if self.problem.coupled else len(x)
-        x = x.reshape(groups, x.numel() // max(groups, 1))
+        x = x.reshape(self.groups, x.numel() // max(self.groups, 1))
         return x.contiguous() if self.native else x  # kernels see addresses, not strides
 
     def unrows(self, x: Tensor) -> Tensor:
-        """`rows`, undone, of all groups or of some."""
-        samples = self.shape[0] if self.problem.coupled else len(x)
+        """`rows`, undone."""
         if self.channels_last:
-            _, c, h, w = self.shape
-            return x.view(samples, h, w, c).permute(0, 3, 1, 2)
-        return x.view(samples, *self.shape[1:])
+            batch, c, h, w = self.shape
+            return x.view(batch, h, w, c).permute(0, 3, 1, 2)
+        return x.view(self.shape)
 
     def image(self, y: Tensor) -> Tensor:
         return self.problem.image(self.unrows(y))
@@ -199,21 +198,15 @@ class Workspace:
         return _numbers(self.rows(self.problem.start).norm(dim=1))
 
     @property
-    def is_divisible(self) -> bool:
-        """True where `matvec` can be given some groups."""
-        return isinstance(self.problem, LinearProblem) and self.problem.of_samples is not None
+    def factors(self) -> tuple[Factor, ...] | None:
+        """A as kernels, where the problem has it."""
+        return self.problem.factors if isinstance(self.problem, LinearProblem) else None
 
-    def matvec(self, y: Tensor, groups: Tensor | None = None) -> Tensor:
-        """A y for y [G, N], or [len(groups), N] of those groups."""
-        problem = self.problem
-        if not isinstance(problem, LinearProblem):
+    def matvec(self, y: Tensor) -> Tensor:
+        """A y for y [G, N]."""
+        if not isinstance(self.problem, LinearProblem):
             raise TypeError("matvec is defined for linear problems only")
-        matvec = problem.matvec
-        if groups is not None:
-            if problem.of_samples is None:
-                raise TypeError("the problem has no product for some samples alone")
-            matvec = problem.of_samples(groups)
-        return self.rows(matvec(self.unrows(y)))
+        return self.rows(self.problem.matvec(self.unrows(y)))
 
 
 class Solver(Protocol):

@@ -5,8 +5,8 @@ Y. Saad & M. H. Schultz, SIAM J. Sci. Stat. Comput. 7 (1986).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ide_snn.solvers.base import Advance, FixedPointProblem, Workspace, check_settings, require_count
-from ide_snn.solvers.vectors import NativeKrylov
+from ide_snn.solvers.vectors import gmres
 
 Array = NDArray[np.float64]
 
@@ -51,45 +51,11 @@ class Gmres:
         return _Restarted(self, work)
 
 
-class Krylov(Protocol):
-    """The space spanned by r, (1 - A) r, ... per group, and the smallest residual in it."""
-
-    @property
-    def newest(self) -> Tensor:
-        """The last basis vector q_k [G, N], whose image is asked for next."""
-        ...
-
-    @property
-    def open(self) -> Tensor | None:
-        """The groups that `newest` and its image are of, int64 on the CPU; None: all."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Dimensions: images seen."""
-        ...
-
-    def extend(self, image: Tensor) -> Array:
-        """Takes A q_k, which may be overwritten; returns the residual norm [G] that is left, until the next call."""
-        ...
-
-    def keep(self, is_open: NDArray[np.bool_]) -> None:
-        """Only the groups `is_open` [G] need more dimensions; the others may still get some."""
-        ...
-
-    def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array, Array]:
-        """y (None: 0) + the combination of the basis with the smallest residual, that residual, and the norms [G] of
-        the residual and of the sum.
-
-        Once, at the end: the basis may be overwritten.
-        """
-        ...
-
-
 class _Restarted:
     def __init__(self, settings: Gmres, work: Workspace) -> None:
         self.settings = settings
         self.work = work
+        self.norm: Array | None = None  # of residuals that were given as 0 because they were small enough
 
     def first(self, b: Tensor, budget: int) -> Advance:
         return self._run(None, b, budget)
@@ -98,55 +64,65 @@ class _Restarted:
         return self._run(y, r, budget)
 
     def _run(self, y: Tensor | None, r: Tensor, budget: int) -> Advance:
-        dimensions, eps = min(self.settings.restart, budget), torch.finfo(r.dtype).eps
+        eps, tol = torch.finfo(r.dtype).eps, self.settings.tol
         # Modified Gram-Schmidt loses orthogonality like eps / residual: one pass is enough until that matters.
-        is_loose = self.settings.tol > eps**0.5
-        kind = NativeKrylov if self.work.native else _TorchKrylov
-        # What is left after cancelling to rounding level is noise, not a direction.
-        space: Krylov = kind(r, dimensions, 1 if is_loose else 2, 10 * eps)
+        is_loose = tol > eps**0.5
         # A little below tol: the residual that decides differs from the predicted by rounding.
-        enough = (0.99 if is_loose else 0.9) * self.settings.tol * self.work.rhs_norm
-        left_out = 0.0
-        for _ in range(dimensions):
-            left_out += 0.0 if space.open is None else 1 - len(space.open) / len(r)
-            predicted = space.extend(self.work.matvec(space.newest, space.open))
-            is_open = (predicted > enough) & (predicted < np.inf)
-            if not is_open.any():
-                break
-            if self.work.is_divisible:
-                space.keep(is_open)
-        y, r, norm, length = space.finish(y)
-        is_short = bool((100 * eps * length <= self.settings.tol * self.work.rhs_norm).all())
-        return Advance(y, space.size, space.size, left_out, (r, norm) if is_loose and is_short else None)
+        enough = (0.99 if is_loose else 0.9) * tol * self.work.rhs_norm
+        dimensions, passes = min(self.settings.restart, budget), 1 if is_loose else 2
+        # What is left after cancelling to rounding level is noise, not a direction.
+        noise = 10 * eps
+        if self.work.factors is None:
+            y, r, norm, length, products = _step_by_step(self.work.matvec, y, r, enough, dimensions, passes, noise)
+            left_out = 0.0
+        else:
+            run = gmres(self.work.factors, r, y, enough, dimensions=dimensions, passes=passes, noise=noise)
+            y, r, norm, length, products = run.y, run.residual, run.norm, run.length, int(run.products.max(initial=0))
+            left_out = products - float(run.products.sum()) / max(len(norm), 1)
+            if self.norm is not None:
+                norm = np.where(run.products == 0, self.norm, norm)
+            self.norm = norm
+        is_short = bool((100 * eps * length <= tol * self.work.rhs_norm).all())
+        if not (is_loose and is_short):
+            self.norm = None
+            return Advance(y, max(products, 1), products, left_out)
+        return Advance(y, max(products, 1), products, left_out, (r, norm))
 
 
-class _TorchKrylov:
-    """By torch operations and, for the small least-squares problem, numpy: any device and type."""
+def _step_by_step(
+    matvec: Callable[[Tensor], Tensor],
+    y: Tensor | None,
+    r: Tensor,
+    enough: Array,
+    dimensions: int,
+    passes: int,
+    noise: float,
+) -> tuple[Tensor, Tensor, Array, Array, int]:
+    """`vectors.gmres` for any A, device and type: (y, residual, norms of residual and y, products)."""
+    space = _Krylov(r, dimensions, passes, noise)
+    for _ in range(dimensions):
+        predicted = space.extend(matvec(space.vectors[-1]))
+        if not ((predicted > enough) & (predicted < np.inf)).any():
+            break
+    return *space.finish(y), len(space.vectors) - 1
+
+
+class _Krylov:
+    """The space spanned by r, (1 - A) r, ... per group, and the smallest residual in it.
+
+    By torch operations and, for the small least-squares problem, numpy: any device and type."""
 
     def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
         basis, beta = _normalise_(r.clone())
         self.vectors, self.passes, self.noise = [basis], passes, noise
         self.problem = _LeastSquares(beta.double().cpu().numpy(), dimensions, noise)
 
-    @property
-    def newest(self) -> Tensor:
-        return self.vectors[-1]
-
-    @property
-    def open(self) -> None:
-        """All groups stay together: to sort them costs more than their products where a device waits for the host."""
-        return None
-
-    @property
-    def size(self) -> int:
-        return len(self.vectors) - 1
-
-    def keep(self, is_open: NDArray[np.bool_]) -> None:
-        pass
-
     def extend(self, image: Tensor) -> Array:
-        """By modified Gram-Schmidt on (1 - A) q_k."""
-        w = self.newest - image
+        """Takes A q_k of the last basis vector q_k; returns the residual norm [G] that is left.
+
+        By modified Gram-Schmidt on (1 - A) q_k.
+        """
+        w = self.vectors[-1] - image
         column = torch.zeros(len(self.vectors) + 1, w.shape[0], dtype=w.dtype, device=w.device)
         before = w.norm(dim=1)
         for _ in range(self.passes):
@@ -160,12 +136,17 @@ class _TorchKrylov:
         return self.problem.append(column.double().cpu().numpy())
 
     def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array, Array]:
-        y = torch.zeros_like(self.newest) if y is None else y.clone()
+        """y (None: 0) + the combination of the basis with the smallest residual, that residual, and the norms [G] of
+        the residual and of the sum.
+
+        Once, at the end: the basis is overwritten.
+        """
+        y = torch.zeros_like(self.vectors[0]) if y is None else y.clone()
         solution, rest = (
             torch.from_numpy(numbers).to(device=y.device, dtype=y.dtype)[..., None]
             for numbers in (self.problem.solution(), self.problem.remainder())
         )
-        r = self.newest.mul_(rest[-1])
+        r = self.vectors[-1].mul_(rest[-1])
         for of_y, of_r, q in zip(solution, rest[:-1], self.vectors[:-1], strict=True):
             y.addcmul_(of_y, q)
             r.addcmul_(of_r, q)

@@ -1,8 +1,14 @@
-"""The vector work of linear solves by compiled kernels (`csrc/krylov.c`), float32 on a CPU, one pass over memory."""
+"""Linear solves by compiled kernels (`csrc/krylov.c`), float32 on a CPU.
+
+Where A does not mix samples it may be given as `Factor`s, kernels that multiply a few samples at a time. Then GMRES is
+one call: a thread takes a few samples, which stay in its cache, and each leaves when it is solved.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +18,124 @@ from torch import Tensor
 from ide_snn import native
 
 Array = NDArray[np.float64]
-# Products are for all groups or for one, two, three quarters: pieces of any size would scatter over the heap.
-PARTS = 4
+LINE = 64  # bytes that are read and written together
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A linear map of single samples as a kernel `Apply` of csrc/krylov.c.
+
+    Attributes:
+        library, kernel: csrc/`library`.c and the function in it.
+        work: what the function is given; `tensors` and anything else that it points to is kept here.
+        size: numbers per sample of the result.
+        together: samples that are best multiplied at a time.
+        scratch, scratch_each: bytes that a thread needs, and those for every sample that is multiplied at a time.
+    """
+
+    library: str
+    kernel: str
+    work: ctypes.Structure
+    keep: tuple[Any, ...]
+    size: int
+    together: int = 1
+    scratch: int = 0
+    scratch_each: int = 0
+
+
+class _Factor(ctypes.Structure):
+    _fields_ = [("apply", ctypes.c_void_p), ("factor", ctypes.c_void_p), ("size", ctypes.c_int64)]
+
+
+class _Solve(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("groups", "n", "together", "m", "passes")),
+        ("factors", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("b", "start", "y", "residual", "enough", "norm", "length", "dimensions")
+        ),
+        ("noise", ctypes.c_double),
+        ("memory", ctypes.c_void_p),
+        ("room", ctypes.c_int64 * 4),
+        ("padding", ctypes.c_int64 * 8),
+        ("next", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    ]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """y [G, N] with its residual [G, N] and the norms of both [G]; the products [G] that each group took.
+
+    The residual is written where it is not below what was enough, and 0 elsewhere.
+    """
+
+    y: Tensor
+    residual: Tensor
+    norm: Array
+    length: Array
+    products: NDArray[np.int64]
+
+
+def gmres(
+    factors: tuple[Factor, ...],
+    b: Tensor,
+    start: Tensor | None,
+    enough: Array,
+    *,
+    dimensions: int,
+    passes: int,
+    noise: float,
+) -> Solved:
+    """start + v with (1 - A) v = b by GMRES without restarts, each group in a space of its own.
+
+    Args:
+        factors: of A, the one that is applied first at the front.
+        b: [G, N].
+        start: [G, N], or None for 0.
+        enough: norm [G] of a residual that needs no further dimension.
+        dimensions: at most.
+        passes: of modified Gram-Schmidt.
+        noise: share of its length below which an orthogonalised vector is noise.
+    """
+    (groups, n), m = b.shape, dimensions
+    together = max(1, min(max(factor.together for factor in factors), -(-groups // torch.get_num_threads())))
+    room = [
+        4 * (m + 1) * together * n,
+        8 * together * (m * m + 3 * m + 1),
+        4 * together * max((factor.size for factor in factors[:-1]), default=0),
+        max(factor.scratch + together * factor.scratch_each for factor in factors),
+    ]
+    room = [-(-size // LINE) * LINE for size in room]
+    memory = torch.empty(torch.get_num_threads() * (sum(room) + room[2]), dtype=torch.uint8)
+    links = (_Factor * len(factors))(
+        *(_Factor(native.address(f.library, f.kernel), ctypes.addressof(f.work), f.size) for f in factors)
+    )
+    y, residual = torch.empty_like(b), torch.empty_like(b)
+    norm, length, products = np.empty(groups), np.empty(groups), np.empty(groups, dtype=np.int64)
+    work = _Solve(
+        *(groups, n, together, m, passes),
+        ctypes.addressof(links),
+        len(factors),
+        *(b.data_ptr(), None if start is None else start.data_ptr(), y.data_ptr(), residual.data_ptr()),
+        *(array.ctypes.data for array in (enough, norm, length, products)),
+        noise,
+        memory.data_ptr(),
+        (ctypes.c_int64 * 4)(*room),
+    )
+    native.run("krylov", "gmres", work, 16 * b.numel())
+    solved = norm <= enough
+    if not solved.all():
+        residual[torch.from_numpy(solved)] = 0
+    return Solved(y, residual, norm, length, products)
 
 
 class _Work(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("groups", "n", "count", "k", "m", "passes")),
-        *((name, ctypes.c_void_p) for name in ("b", "y", "image", "basis", "rows", "open", "dimensions")),
-        *((name, ctypes.c_void_p) for name in ("state", "unit", "norm", "length")),
-        ("noise", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("groups", "n")),
+        *((name, ctypes.c_void_p) for name in ("b", "y", "image", "unit", "norm")),
         ("padding", ctypes.c_int64 * 8),
         ("next", ctypes.c_int64),
     ]
@@ -38,89 +152,11 @@ def residual_(b: Tensor, y: Tensor, image: Tensor) -> tuple[Tensor, Array]:
     return image, _once("residual", image, b=b, y=y, image=image)
 
 
-class NativeKrylov:
-    """The Krylov space of r under (1 - A), and the least-squares problem in it; as `gmres.Krylov`.
-
-    Groups that are not kept keep the space that they have; the vectors of the others, the open ones, are [open, N].
-    """
-
-    def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
-        groups, newest = len(r), torch.empty_like(r)
-        self.vectors = [newest]
-        self.open: Tensor | None = None
-        self._state = np.empty(groups * (dimensions**2 + 3 * dimensions + 1))
-        self._addresses = np.zeros((2, dimensions + 1), dtype=np.uintp)  # of the vectors, and of the rows of each
-        self._addresses[0, 0] = newest.data_ptr()
-        self._rows: list[NDArray[np.int64] | None] = [None]
-        self._dimensions = np.zeros(groups, dtype=np.int64)
-        self._norm = np.empty(groups)
-        self._work = _Work(
-            groups=groups,
-            n=r.shape[1],
-            m=dimensions,
-            passes=passes,
-            noise=noise,
-            b=r.data_ptr(),
-            y=newest.data_ptr(),
-            basis=self._addresses[0].ctypes.data,
-            rows=self._addresses[1].ctypes.data,
-            dimensions=self._dimensions.ctypes.data,
-            state=self._state.ctypes.data,
-            norm=self._norm.ctypes.data,
-        )
-        _call("start", self._work, 1)
-
-    @property
-    def newest(self) -> Tensor:
-        newest = self.vectors[-1]
-        if self.open is None or len(newest) == len(self.open):
-            return newest
-        rows = self._rows[-1]
-        return newest.index_select(0, self.open if rows is None else torch.from_numpy(rows)[self.open])
-
-    @property
-    def size(self) -> int:
-        return len(self.vectors) - 1
-
-    def extend(self, image: Tensor) -> Array:
-        k = self._work.k = len(self.vectors)
-        self._work.image = self._addresses[0, k] = image.data_ptr()
-        self.vectors.append(image)
-        rows = None
-        if self.open is not None:
-            rows = np.zeros(len(self._norm), dtype=np.int64)
-            rows[self.open.numpy()] = np.arange(len(self.open))
-            self._addresses[1, k] = rows.ctypes.data
-        self._rows.append(rows)
-        _call("extend", self._work, 2 * k)
-        return self._norm
-
-    def keep(self, is_open: NDArray[np.bool_]) -> None:
-        now = np.arange(len(self._norm)) if self.open is None else self.open.numpy()
-        part = -(-len(self._norm) // PARTS)
-        size = -(-np.count_nonzero(is_open) // part) * part
-        if size < len(now):  # the open ones first, filled up with others that are still here
-            self.open = torch.from_numpy(np.sort(now[np.argsort(~is_open[now], kind="stable")[:size]]))
-            self._work.open, self._work.count = self.open.data_ptr(), size
-
-    def finish(self, y: Tensor | None) -> tuple[Tensor, Tensor, Array, Array]:
-        length, shape = np.empty(len(self._norm)), self.vectors[0].shape
-        result = self.vectors[0].new_empty(shape)
-        residual = self.vectors[-1] if self.open is None else self.vectors[0].new_empty(shape)
-        self._work.b, self._work.open = None if y is None else y.data_ptr(), None
-        self._work.y, self._work.image, self._work.length = result.data_ptr(), residual.data_ptr(), length.ctypes.data
-        _call("finish", self._work, 2 * self.size)
-        return result, residual, self._norm, length
-
-
 def _once(name: str, rows: Tensor, **tensors: Tensor) -> Array:
     """Calls a kernel for the groups of `rows` [G, N]; returns the norms [G] that it finds."""
     norm = np.empty(len(rows))
     pointers = {key: tensor.data_ptr() for key, tensor in tensors.items()}
-    _call(name, _Work(groups=rows.shape[0], n=rows.shape[1], norm=norm.ctypes.data, **pointers), 1)
+    native.run(
+        "krylov", name, _Work(groups=rows.shape[0], n=rows.shape[1], norm=norm.ctypes.data, **pointers), rows.numel()
+    )
     return norm
-
-
-def _call(name: str, work: _Work, passes_over_memory: int) -> None:
-    work.next = 0
-    native.run("krylov", name, work, passes_over_memory * work.groups * work.n)
