@@ -6,6 +6,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -113,9 +114,10 @@ class FeedbackSNN(nn.Module):
             return value
         with products_rounded(self.precision, x.device):
             moment = self._prepare(x, generator)
-            rates = moment.simulate(record)
+            at_rates = isinstance(self.gradient, Implicit) and self.gradient.jacobian_at == "rate"
+            rates = moment.simulate(replace(record, mean_response=at_rates and torch.is_grad_enabled()))
             self._tell(rates)
-            return self._attach(rates.last, moment.map)
+            return self._attach(rates.last, moment.map, rates.mean_response)
 
     def _tell(self, rates: Rates) -> None:
         for hook in self._simulation_hooks.values():
@@ -236,7 +238,7 @@ class FeedbackSNN(nn.Module):
         reason = event_driven.why_not_in_levels(maps)
         return ("events16", None) if reason is None else ("events", reason)
 
-    def _attach(self, rates: Tensor, f: EquilibriumMap) -> Tensor:
+    def _attach(self, rates: Tensor, f: EquilibriumMap, response: Tensor | None = None) -> Tensor:
         if not (self.training or torch.is_grad_enabled()):
             return rates
         gradient = self.gradient
@@ -247,7 +249,7 @@ class FeedbackSNN(nn.Module):
                     "block.gradient = Implicit()"
                 )
             gradient = Implicit()  # nothing is differentiated; running statistics are updated
-        return attach_gradient(rates, f, gradient, self.solver, tuple(self._solve_hooks.values()))
+        return attach_gradient(rates, f, gradient, self.solver, tuple(self._solve_hooks.values()), response)
 
     def _prepare(self, x: Tensor, generator: torch.Generator | None) -> _Moment:
         dtype = self._parameter_dtype(x)

@@ -35,29 +35,36 @@ def has_written_out_gradient(f: EquilibriumMap) -> bool:
     return f.path in EVENT_PATHS and all(link.connection.bn is None for link in f.chain)
 
 
-def attach_written_out(rates: Tensor, f: EquilibriumMap, solve: Solve) -> Tensor:
+def attach_written_out(rates: Tensor, f: EquilibriumMap, solve: Solve, response: Tensor | None = None) -> Tensor:
     """A tensor with the value of `rates` and the gradient of f's fixed point in the drive and the chain's parameters.
 
     Args:
         rates: [B, *]; carry no graph.
         f: see `has_written_out_gradient`.
         solve: (J, g) -> v with (I - J^T) v = g.
+        response: K_1 rates + b_1 where it is known; overwritten.
     """
     if not torch.is_grad_enabled():
         return rates
     parameters = [tensor for link in f.chain for tensor in (link.weight, link.bias)]
-    value: Tensor = _Chain.apply(f, solve, rates, f.drive, *parameters)
+    value: Tensor = _Chain.apply(f, solve, rates, response, f.drive, *parameters)
     return value
 
 
 class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, f: EquilibriumMap, solve: Solve, rates: Tensor, _drive: Tensor, *parameters: Tensor
+        ctx: Any,
+        f: EquilibriumMap,
+        solve: Solve,
+        rates: Tensor,
+        response: Tensor | None,
+        _drive: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         if not any(ctx.needs_input_grad):
             return rates.clone()
-        inputs, slopes, first = f.frozen_rates(rates)
+        inputs, slopes, first = f.frozen_rates(rates, response)
         ctx.f, ctx.solve = f, solve
         # parameters are saved for autograd to see that they are still those of the forward
         ctx.save_for_backward(first, *inputs, *slopes, *parameters)
@@ -66,7 +73,7 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        f, needed, n = ctx.f, ctx.needs_input_grad[4:], len(ctx.f.chain)
+        f, needed, n = ctx.f, ctx.needs_input_grad[5:], len(ctx.f.chain)
         first, *saved = ctx.saved_tensors
         inputs, slopes = saved[:n], saved[n : 2 * n]
         jacobian = f.linearise_with(slopes)
@@ -79,4 +86,4 @@ class _Chain(torch.autograd.Function):
             gradients[2 * number : 2 * number + 2] = found[1:]
             if number:
                 v = jacobian.maps[number].adjoint(d)
-        return None, None, None, v * first if ctx.needs_input_grad[3] else None, *gradients
+        return None, None, None, None, v * first if ctx.needs_input_grad[4] else None, *gradients

@@ -115,23 +115,31 @@ class EquilibriumMap:
         return a, slopes
 
     @torch.no_grad()
-    def frozen_rates(self, a: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def frozen_rates(self, a: Tensor, response: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """(what each connection is given in f(a), the slopes of `linearise_with`, sigma'(z_1) / V_th).
 
         For event-driven paths, with running statistics, without a graph.
+
+        Args:
+            a: point [B, *].
+            response: K_fb a + b of the feedback, where it is known; overwritten.
         """
         inputs, slopes, through = [], [], []
         for link, drive in zip(self.chain, (self.drive, *(None for _ in self.layers)), strict=True):
             affine = link.frozen
             assert isinstance(affine, Affine)  # event-driven paths have no others
-            response = event_driven.apply(affine.operator, a, affine.weight, affine.bias)
+            if response is None:
+                response = event_driven.apply(affine.operator, a, affine.weight, affine.bias)
             inputs.append(a)
             a, *both = fire_(channels_last(response), affine.gain, drive, self.neuron.v_threshold)
+            response = None
             slopes.append(both[0])
             through.append(both[1])
         return inputs, slopes, through[0]
 
-    def linearise(self, a: Tensor, statistics: Statistics, products: Products = "auto") -> Linearisation:
+    def linearise(
+        self, a: Tensor, statistics: Statistics, products: Products = "auto", *, response: Tensor | None = None
+    ) -> Linearisation:
         """J at a.
 
         Args:
@@ -139,6 +147,7 @@ class EquilibriumMap:
             statistics: what the chain's batch norms normalise by.
             products: "analytic" (known connections and running statistics only), "autograd" (anything), or
                 "auto", which takes the analytic ones where it can.
+            response: K_fb a + b of the feedback with running statistics, where it is known; overwritten.
 
         Raises:
             ValueError: if analytic products are asked for where there are none.
@@ -152,7 +161,7 @@ class EquilibriumMap:
             )
         if analytic and products != "autograd":
             if self.path in EVENT_PATHS:
-                return self.linearise_with(self.frozen_rates(a)[1])
+                return self.linearise_with(self.frozen_rates(a, response)[1])
             return self.linearise_by(self._frozen_activations(a))
         with torch.enable_grad():
             point = a.detach().requires_grad_()

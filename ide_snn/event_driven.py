@@ -55,7 +55,10 @@ class _Connection(ctypes.Structure):
 
 
 class _Population(ctypes.Structure):
-    _fields_ = [("size", ctypes.c_int64), *((n, ctypes.c_void_p) for n in ("u", "spikes", "weighted", "count"))]
+    _fields_ = [
+        ("size", ctypes.c_int64),
+        *((n, ctypes.c_void_p) for n in ("u", "spikes", "weighted", "count", "response")),
+    ]
 
 
 class _Pack(ctypes.Structure):
@@ -94,7 +97,7 @@ class _Simulation(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("connections", "populations")),
         *((name, ctypes.c_int64) for name in ("n", "batch", "steps", "next", "from_rest")),
         ("drive", ctypes.c_void_p),
-        *((name, ctypes.c_double) for name in ("threshold", "leak")),
+        *((name, ctypes.c_double) for name in ("threshold", "leak", "share")),
         ("scratch", _Scratch),
     ]
 
@@ -317,6 +320,7 @@ class State(Protocol):
     spikes: Tensor
     weighted: Tensor | None
     count: Tensor | None
+    response: Tensor | None
 
 
 def advance(
@@ -327,19 +331,22 @@ def advance(
     steps: int,
     *,
     from_rest: bool = False,
+    share: float = 0,
 ) -> None:
     """Advances `states` in place by `steps` time steps under the constant drive [B, *] of the first population.
 
     Args:
         connections: feedback, then those from population i to i + 1.
         from_rest: whatever the states hold, start from 0.
+        share: of a step in the first state's `response`, which takes up K s[1..T] + bias of the feedback, weighted as
+            the rates are; 0 where further steps are to follow. Other states have no response.
     """
     drive = channels_last(drive)
     for part, items, reaches in _parts(drive.shape[0], connections):
         both = list(zip(connections, reaches, strict=True))
         slices = [_Slice(state, part) for state in states]
         links = (_Connection * len(connections))(*(connection.as_struct(reach, part) for connection, reach in both))
-        _advance(both, links, slices, drive[part], neuron, steps, items, from_rest)
+        _advance(both, links, slices, drive[part], neuron, steps, items, from_rest, share)
 
 
 def _advance(
@@ -351,6 +358,7 @@ def _advance(
     steps: int,
     items: int,
     from_rest: bool,
+    share: float,
 ) -> None:
     populations = (_Population * len(states))(*(state.as_struct(items) for state in states))
     accumulators = max(reach.out_positions * connection.at_once for connection, reach in both)
@@ -361,7 +369,7 @@ def _advance(
         ctypes.addressof(populations),
         *(len(states), items, steps, 0, from_rest),
         drive.data_ptr(),
-        *(neuron.v_threshold, neuron.leak),
+        *(neuron.v_threshold, neuron.leak, share),
         scratch,
     )
     native.run("events", "simulate", work, steps * sum(state.u.numel() for state in states))
@@ -385,7 +393,8 @@ class _Slice:
     def __init__(self, state: State, part: slice) -> None:
         count = None if state.count is state.weighted else state.count  # IF counts once
         self.u = state.u[part]
-        self.others = [None if t is None else t[part] for t in (state.spikes, state.weighted, count)]
+        others = (state.spikes, state.weighted, count, state.response)
+        self.others = [None if t is None else t[part] for t in others]
 
     def as_struct(self, items: int) -> _Population:
         return _Population(self.u.numel() // max(items, 1), *(_pointer(t) for t in (self.u, *self.others)))

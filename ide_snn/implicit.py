@@ -78,6 +78,7 @@ def attach_gradient(
     gradient: Gradient,
     solver: Solver,
     hooks: tuple[SolveHook, ...] = (),
+    response: Tensor | None = None,
 ) -> Tensor:
     """A tensor with the value of `rates` [B, *] and the gradient of f's fixed point.
 
@@ -89,6 +90,7 @@ def attach_gradient(
         gradient: how to differentiate.
         solver: for the linear system of `Implicit`.
         hooks: called with the `Solution` of every backward solve.
+        response: K_fb rates + b of the feedback where the simulation has it (`Rates.mean_response`); overwritten.
     """
     if isinstance(gradient, Unrolled):
         z = f(rates, "batch", update_running=True)
@@ -102,8 +104,8 @@ def attach_gradient(
     by_graph = shared and (couples or not f.is_known)
     solved = functools.partial(_solved, f, couples, solver, hooks)
     if shared and has_written_out_gradient(f):
-        return attach_written_out(rates, f, solved)
-    jacobian = None if shared else _jacobian(rates, f, gradient)
+        return attach_written_out(rates, f, solved, response)
+    jacobian = None if shared else _jacobian(rates, f, gradient, response)
     # (as a leaf the point collects a gradient nobody reads: one product, the price of sharing the graph)
     point = rates.detach().requires_grad_(by_graph)
     if f.path in EVENT_PATHS and not by_graph:
@@ -120,12 +122,12 @@ def attach_gradient(
     return splice
 
 
-def _jacobian(rates: Tensor, f: EquilibriumMap, gradient: Implicit) -> Linearisation | None:
+def _jacobian(rates: Tensor, f: EquilibriumMap, gradient: Implicit, response: Tensor | None) -> Linearisation | None:
     """J where it was asked for, with the running statistics that the simulation used: before f updates them."""
     if not torch.is_grad_enabled():
         return None
     if gradient.jacobian_at == "rate":
-        return f.linearise(rates, gradient.jacobian_bn)
+        return f.linearise(rates, gradient.jacobian_bn, response=response)
     with torch.no_grad():
         image = f(rates, "batch").to(rates.dtype)
     return f.linearise(image, gradient.jacobian_bn)

@@ -51,6 +51,7 @@ class Record:
     spike_fraction: bool = False
     spikes: bool = False
     membranes: bool = False
+    mean_response: bool = False
     on_step: Callable[[Step], None] | None = None
 
 
@@ -67,6 +68,8 @@ class Rates:
         spikes: spike trains of every population, bool [T, B, *]; empty unless recorded.
         membranes: membrane potentials of every population at the end of each step, that is after reset and leak,
             [T, B, *]; empty unless recorded.
+        mean_response: K_fb a_n + b of the feedback before its gain, [B, *], for the weighted rates a_n: the mean of its
+            responses to the single steps. None unless recorded, which only event-driven paths do.
         time_steps: T.
         path: how it was computed, see `simulate`.
     """
@@ -78,6 +81,7 @@ class Rates:
     spike_fraction: tuple[Tensor, ...] = ()
     spikes: tuple[Tensor, ...] = ()
     membranes: tuple[Tensor, ...] = ()
+    mean_response: Tensor | None = None
 
     @property
     def firing_rate(self) -> Tensor:
@@ -95,7 +99,15 @@ class _Population:
     """State of one population: membrane, current spikes, and the accumulators that were asked for."""
 
     def __init__(
-        self, shape: tuple[int, ...], like: Tensor, leak: float, path: Path, *, rate: bool, count: bool
+        self,
+        shape: tuple[int, ...],
+        like: Tensor,
+        leak: float,
+        path: Path,
+        *,
+        rate: bool,
+        count: bool,
+        response: bool,
     ) -> None:
         def state(dtype: torch.dtype = like.dtype) -> Tensor:
             if path in EVENT_PATHS:  # whose kernel starts from 0
@@ -109,6 +121,7 @@ class _Population:
         # For IF both accumulators are the spike count: one is enough.
         self.weighted = state() if rate or (count and leak == 1) else None
         self.count = state() if count and leak != 1 else self.weighted
+        self.response = state() if response else None
 
 
 class Step:
@@ -180,6 +193,7 @@ def simulate(
                 path,
                 rate=i == last or record.all_rates,
                 count=record.spike_fraction,
+                response=i == 0 and record.mean_response and path in EVENT_PATHS,
             )
             for i, shape in enumerate(shapes)
         ]
@@ -194,7 +208,7 @@ def simulate(
         for t in range(0, time_steps, stride):
             if t > 0 and callable(drive):
                 x = drive(t)
-            engine.run(x, t, stride)
+            engine.run(x, t, stride, 1 / neuron.total_weight(time_steps) if t + stride == time_steps else 0)
             watcher.look(t + stride)
     return _measure(populations, watcher, neuron, time_steps, record, path)
 
@@ -215,7 +229,7 @@ class _Dense:
                 for link in maps
             ]
 
-    def run(self, x: Tensor, start: int, steps: int) -> None:
+    def run(self, x: Tensor, start: int, steps: int, _share: float) -> None:
         feedback, *layers = self.maps
         first, *others = self.populations
         x = in_layout_of(first.u, x) if self.advance is None else x
@@ -268,8 +282,12 @@ class _Events:
         self.connections = [event_driven.connect(affine, levels=levels) for affine in maps]
         self.populations, self.neuron = populations, neuron
 
-    def run(self, x: Tensor, start: int, steps: int) -> None:
-        event_driven.advance(self.connections, self.populations, x, self.neuron, steps, from_rest=start == 0)
+    def run(self, x: Tensor, start: int, steps: int, share: float) -> None:
+        """`share` of a step in the mean response, in the last call; else 0."""
+        from_rest = start == 0
+        event_driven.advance(
+            self.connections, self.populations, x, self.neuron, steps, from_rest=from_rest, share=share
+        )
 
 
 class _Watcher:
@@ -315,6 +333,7 @@ def _measure(
         spike_fraction=(tuple(share(p.count, time_steps) for p in populations) if record.spike_fraction else ()),
         spikes=tuple(torch.stack(train) for train in watcher.trains) if record.spikes else (),
         membranes=tuple(torch.stack(trace) for trace in watcher.traces) if record.membranes else (),
+        mean_response=populations[0].response,
     )
 
 

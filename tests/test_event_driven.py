@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import example_input, small_block
+from networks import example_input, small_block, warmed_up
 from torch import Tensor, nn
 
 from ide_snn import NeuronParams, event_driven, native
@@ -134,6 +134,13 @@ def test_simulation_equals_the_dense_one_bit_for_bit_where_sums_are_exact(leak: 
             torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     # all steps in one call, without anybody looking, are the same steps
     torch.testing.assert_close(simulate(*arguments[:-1], path="events").last, dense.last, rtol=0, atol=0)
+    # f needs the feedback of the rates: the mean of its responses to the steps, whoever looks in between
+    expected = replace(feedback, gain=None)(dense.last)
+    for looks in (False, True):
+        found = simulate(*arguments[:-1], Record(mean_response=True, spikes=looks), path="events")
+        torch.testing.assert_close(found.last, dense.last, rtol=0, atol=0)
+        assert found.mean_response is not None
+        torch.testing.assert_close(found.mean_response, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("leak", [1.0, 0.95])
@@ -259,6 +266,23 @@ def test_fast_simulates_the_network_with_rounded_weights(shape: tuple[int, ...],
     assert fast.path == "events16"
     assert float((fast.last != dense.last).float().mean()) < 0.02  # rounding at the threshold
     assert 0.1 < float(dense.last.mean()) < 0.9
+    for steps in (1, 12):
+        rates = simulate(drive, [], affine, [shape], neuron, steps, Record(mean_response=True), path="events16")
+        assert rates.mean_response is not None
+        expected = replace(affine, weight=(levels * unit).float(), gain=None)(rates.last)
+        torch.testing.assert_close(rates.mean_response, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fc", "conv", "multilayer"])
+@pytest.mark.parametrize("time_steps", [1, 9])
+def test_the_simulation_has_what_the_slopes_at_its_rates_need(kind: str, time_steps: int) -> None:
+    block = warmed_up(small_block(kind, precision="exact", time_steps=time_steps)).float()
+    moment = block._prepare(example_input(kind).float(), torch.Generator().manual_seed(0))
+    rates = moment.simulate(Record(mean_response=True))
+    assert rates.mean_response is not None
+    applied, known = (moment.map.frozen_rates(rates.last, response) for response in (None, rates.mean_response))
+    for mine, theirs in zip((*known[0], *known[1], known[2]), (*applied[0], *applied[1], applied[2]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_levels_multiply_spikes_only() -> None:

@@ -50,6 +50,7 @@ typedef struct {
     uint8_t *spikes; /* [B][size] of the step before on entry, of the last step on return */
     float *weighted; /* [B][size] or NULL: sum of leak^(T-t) s[t] */
     float *count;    /* [B][size] or NULL: number of spikes */
+    float *response; /* [B][size] or NULL: mean of K s + bias, see `simulate` */
 } Population;
 
 /* What a thread needs for itself, cut from memory that all share. */
@@ -342,10 +343,16 @@ static inline void advance(int64_t n, float *restrict current, const float *rest
         for (int64_t j = 0; j < n; j++) count[j] += current[j];
 }
 
+/* total = total * leak + x. */
+static inline void add_up_in_time(int64_t n, const float *restrict x, float leak, float *restrict total) {
+    for (int64_t j = 0; j < n; j++) total[j] = total[j] * leak + x[j];
+}
+
 /* Population i of one sample, driven by the events of its predecessor. Blocks of STRETCH channels are computed, then the
- * neurons of one position after the other. */
+ * neurons of one position after the other. `response` [size] or NULL: takes up the responses; with a `share` other than 0
+ * it is multiplied by that in the end, and the neurons stay as they are. */
 static void update(const Connection *k, const Population *q, int64_t sample, const Events *events, const float *drive,
-                   float threshold, float leak, float *acc) {
+                   float threshold, float leak, float *response, float share, float *acc) {
     float room[STRETCH];
     for (int64_t b = 0; b < k->blocks; b += STRETCH / k->block) {
         int64_t blocks = k->blocks - b < STRETCH / k->block ? k->blocks - b : STRETCH / k->block;
@@ -364,6 +371,11 @@ static void update(const Connection *k, const Population *q, int64_t sample, con
                 if (k->levels) from_levels(k, b + i, positions, (const int16_t *)acc + source, room + i * k->block);
                 else memcpy(room + i * k->block, acc + source, positions * k->block * sizeof(float));
             }
+            if (response) add_up_in_time(n * positions, room, leak, response + at - sample * q->size);
+            if (share != 0) {
+                for (int64_t j = at - sample * q->size, end = j + n * positions; j < end; j++) response[j] *= share;
+                continue;
+            }
             advance(n * positions, room, k->gain ? k->gain + at : 0, drive ? drive + at : 0, q->u + at, q->spikes + at,
                     q->weighted ? q->weighted + at : 0, q->count ? q->count + at : 0, threshold, leak);
         }
@@ -378,6 +390,7 @@ typedef struct {
     int64_t from_rest;             /* 1: whatever the populations hold, they start from 0 */
     const float *drive;            /* [B][size of population 0] */
     double threshold, leak;
+    double share;                  /* of a time step in the mean response; 0 where further steps are to follow */
     Scratch scratch;
 } Simulation;
 
@@ -387,9 +400,11 @@ static void rest(const Population *q, int64_t sample) {
     memset(q->spikes + at, 0, q->size);
     if (q->weighted) memset(q->weighted + at, 0, bytes);
     if (q->count) memset(q->count + at, 0, bytes);
+    if (q->response) memset(q->response + at, 0, bytes);
 }
 
-/* Advances the populations by `steps` time steps. */
+/* Advances the populations by `steps` time steps. The mean response of population 0 to the spikes s[1..T] of the last one,
+ * the share times the sum of leak^(T-t) (K s[t] + bias), takes one more response behind the last step. */
 void simulate(Simulation *s) {
     float *acc, threshold = (float)s->threshold, leak = (float)s->leak;
     Events events = take_scratch(&s->scratch, &acc);
@@ -400,8 +415,16 @@ void simulate(Simulation *s) {
                 const Connection *k = s->connections + i;
                 const Population *source = s->populations + (i ? i - 1 : s->n - 1);
                 collect_spikes(source->spikes + sample * source->size, k->in_positions, k->in_channels, &events);
-                update(k, s->populations + i, sample, &events, i ? 0 : s->drive, threshold, leak, acc);
+                float *response = s->populations[i].response;
+                if (response) response = s->from_rest && !t ? 0 : response + sample * s->populations[i].size;
+                update(k, s->populations + i, sample, &events, i ? 0 : s->drive, threshold, leak, response, 0, acc);
             }
+        const Population *first = s->populations, *last = s->populations + s->n - 1;
+        if (first->response && s->share != 0) {
+            const Connection *k = s->connections;
+            collect_spikes(last->spikes + sample * last->size, k->in_positions, k->in_channels, &events);
+            update(k, first, sample, &events, 0, threshold, leak, first->response + sample * first->size, (float)s->share, acc);
+        }
     }
 }
 
