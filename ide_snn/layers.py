@@ -143,11 +143,12 @@ class Connection(nn.Module):
             shape: of the input, without the batch.
             like: a tensor [B, *] of the state's dtype and device; only B, dtype and device are read.
             generator: for the dropout gain.
-            native: prepare for compiled kernels: gains of convolutions are channels-last, and on a CPU drawn by one.
+            native: prepare for compiled kernels: gains of convolutions are channels-last; on a CPU gains are drawn by
+                one, and constraints advance by one.
         """
         operator = self.operator
         if self.training:
-            update_constraints(self.op, recurse=operator is None)
+            update_constraints(self.op, recurse=operator is None, native=native)
             if operator is None:
                 _advance_parametrizations(self.op)
         output = self._output_shape(operator, shape)

@@ -25,16 +25,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
+from ide_snn import spectral
 from ide_snn.operators import Operator
 from ide_snn.precision import without_autocast
 
@@ -79,8 +78,12 @@ class NormConstraint(nn.Module):
         """The norm without estimation error, for reports and tests; not differentiable."""
         return self.norm(weight.detach())
 
-    def update(self, weight: Tensor) -> None:
-        """Improves the estimate by one step; norms in closed form have nothing to improve."""
+    def update(self, weight: Tensor, *, native: bool = False) -> None:
+        """Improves the estimate by one step; norms in closed form have nothing to improve.
+
+        Args:
+            native: by compiled kernels, where there are any for this norm and this weight.
+        """
 
     def excess(self, weight: Tensor) -> float:
         """max(true norm / estimate) - 1: by how much ||W_fb|| <= c may be exceeded at present."""
@@ -139,7 +142,7 @@ class PowerIteration(NormConstraint):
         raise NotImplementedError
 
     @torch.no_grad()
-    def update(self, weight: Tensor) -> None:
+    def update(self, weight: Tensor, *, native: bool = False) -> None:  # noqa: ARG002
         with without_autocast(weight.device.type):
             self.v.copy_(_unit(self.adjoint_times(weight, self.u)))
             self.u.copy_(_unit(self.times(weight, self.v)))
@@ -185,42 +188,27 @@ class PowerIteration(NormConstraint):
             return (self.u.clone() * self.times(weight, self.v.clone())).sum()
 
 
-class _OfUnitNorm(torch.autograd.Function):
-    """clip(alpha, -c, c) W / <u, M(W) v> for the matrix M(W) of W, its derivative written out.
-
-    With s = <u, M(W) v>, the cotangent G and p = <G, W> / s:  dL/dW = (clip(alpha) / s) (G - p u v^T)  and
-    dL/dalpha = p where |alpha| <= c, else 0.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, alpha: Tensor, norm: SpectralMatrix) -> Tensor:
-        u, v = norm.u.clone(), norm.v.clone()  # a later update must not change them
-        s = torch.dot(u, norm.times(weight, v))
-        scale = alpha.clamp(-norm.bound, norm.bound) / s
-        ctx.save_for_backward(weight, alpha, u, v, s, scale)
-        ctx.norm = norm
-        return weight * scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        weight, alpha, u, v, s, scale = ctx.saved_tensors
-        p = torch.dot(g.flatten(), weight.flatten()) / s
-        to_weight = to_alpha = None
-        if ctx.needs_input_grad[0]:
-            to_weight = g.contiguous() * scale
-            ctx.norm.add_outer_(to_weight, u * (-p * scale), v)
-        if ctx.needs_input_grad[1]:
-            to_alpha = p * (alpha.abs() <= ctx.norm.bound)
-        return to_weight, to_alpha, None
-
-
 class SpectralMatrix(PowerIteration):
     """||W||_2 of W reshaped to (output channels, rest), the paper's norm."""
 
+    _step: tuple[int, Tensor] | None = None  # version of the weight at the last compiled update, and its s
+
+    @torch.no_grad()
+    def update(self, weight: Tensor, *, native: bool = False) -> None:
+        matrix = self.matrix(weight)
+        if native and spectral.fits(matrix, weight):
+            self._step = weight._version, torch.tensor(spectral.step_(matrix, self.u, self.v))
+        else:
+            super().update(weight)
+
+    def take_step(self, weight: Tensor) -> tuple[Tensor | None, bool]:
+        """(<u, M v>, True) once after a compiled update with this weight, else (None, False)."""
+        step, self._step = self._step, None
+        return (None, False) if step is None or step[0] != weight._version else (step[1], True)
+
     def forward(self, weight: Tensor) -> Tensor:
         with without_autocast(weight.device.type):
-            product: Tensor = _OfUnitNorm.apply(weight, self.alpha, self)
+            product: Tensor = spectral.OfUnitNorm.apply(weight, self.alpha, self)
         return product
 
     def add_outer_(self, weight: Tensor, u: Tensor, v: Tensor) -> None:
@@ -381,12 +369,12 @@ def raw_weight(module: nn.Module) -> Tensor:
     return module.parametrizations["weight"].original  # type: ignore[index,union-attr]
 
 
-def update_constraints(module: nn.Module, *, recurse: bool = True) -> None:
+def update_constraints(module: nn.Module, *, recurse: bool = True, native: bool = False) -> None:
     """One step of every norm estimate in `module`; each training forward needs exactly one."""
     for host in module.modules() if recurse else (module,):
         constraint = get_constraint(host)
         if constraint is not None:
-            constraint.update(raw_weight(host))
+            constraint.update(raw_weight(host), native=native)
 
 
 def remove_constraint(module: nn.Module) -> nn.Module:

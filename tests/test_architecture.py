@@ -25,6 +25,7 @@ LAYERS = [
     "reach",
     "spiking",
     "dropout",
+    "spectral",
     "optimizations",
     "solvers",
     "normalization",

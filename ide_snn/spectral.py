@@ -1,0 +1,123 @@
+"""The weight clip(alpha, -c, c) W / ||W||_2 with its derivative, and its matrix work by compiled kernels.
+
+The kernels (`csrc/spectral.c`) are for float32 on a CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ide_snn import native
+
+
+class _Phase(ctypes.Structure):
+    _fields_ = [("next", ctypes.c_int64), ("done", ctypes.c_int64), ("padding", ctypes.c_int64 * 6)]
+
+
+class _Work(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        *((name, ctypes.c_void_p) for name in ("matrix", "u", "v", "g", "result", "sums")),
+        *((name, ctypes.c_double) for name in ("s", "scale", "p")),
+        ("padding", ctypes.c_int64 * 8),
+        ("phases", _Phase * 3),
+    ]
+
+
+def fits(matrix: Tensor, weight: Tensor) -> bool:
+    """True where the kernels can take the matrix [rows, columns] of a weight: a view of a contiguous one."""
+    is_view = weight.is_contiguous() and matrix.data_ptr() == weight.data_ptr()
+    is_plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return is_view and is_plain and native.why_unavailable("spectral") is None
+
+
+def step_(matrix: Tensor, u: Tensor, v: Tensor) -> float:
+    """v = M^T u / ||M^T u||, then u = M v / s with s = ||M v|| = <u, M v>, both in place; returns s."""
+    work, _sums = _work(matrix, u, v)
+    native.run("spectral", "step", work, 2 * matrix.numel())
+    return float(work.s)
+
+
+def pull(g: Tensor, matrix: Tensor, u: Tensor, v: Tensor, s: float, scale: float) -> tuple[Tensor, float]:
+    """(scale (g - p u v^T), p) with p = <g, M> / s, for contiguous g [rows, columns]."""
+    (work, _sums), result = _work(matrix, u, v), torch.empty_like(matrix)
+    work.g, work.result, work.s, work.scale = g.data_ptr(), result.data_ptr(), s, scale
+    native.run("spectral", "pull", work, 3 * matrix.numel())
+    return result, float(work.p)
+
+
+def _work(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[_Work, NDArray[np.float64]]:
+    """The second points into memory that the caller keeps."""
+    sums = np.empty(sum(matrix.shape))
+    pointers = (matrix.data_ptr(), u.data_ptr(), v.data_ptr(), None, None, sums.ctypes.data)
+    return _Work(*matrix.shape, *pointers), sums
+
+
+class MatrixNorm(Protocol):
+    """A norm <u, M(W) v> of a weight W by its matrix M, as `ide_snn.optimizations.SpectralMatrix`."""
+
+    u: Tensor
+    v: Tensor
+    bound: float
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """M(W) [rows, columns]."""
+        ...
+
+    def times(self, weight: Tensor, v: Tensor) -> Tensor:
+        """M(W) v."""
+        ...
+
+    def add_outer_(self, weight: Tensor, u: Tensor, v: Tensor) -> None:
+        """Adds u v^T to the matrix of a contiguous `weight`, in place."""
+        ...
+
+    def take_step(self, weight: Tensor) -> tuple[Tensor | None, bool]:
+        """(<u, M v>, True) once after a compiled update with this weight, else (None, False)."""
+        ...
+
+
+class OfUnitNorm(torch.autograd.Function):
+    """clip(alpha, -c, c) W / <u, M(W) v> for the matrix M(W) of W, its derivative written out.
+
+    With s = <u, M(W) v>, the cotangent G and p = <G, W> / s:  dL/dW = (clip(alpha) / s) (G - p u v^T)  and
+    dL/dalpha = p where |alpha| <= c, else 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, alpha: Tensor, norm: MatrixNorm) -> Tensor:
+        u, v = norm.u.clone(), norm.v.clone()  # a later update must not change them
+        s, ctx.native = norm.take_step(weight)
+        s = torch.dot(u, norm.times(weight, v)) if s is None else s
+        scale = alpha.clamp(-norm.bound, norm.bound) / s
+        ctx.save_for_backward(weight, alpha, u, v, s, scale)
+        ctx.norm = norm
+        return weight * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight, alpha, u, v, s, scale = ctx.saved_tensors
+        if ctx.native and all(ctx.needs_input_grad[:2]):
+            matrix = ctx.norm.matrix(weight)
+            result, p = pull(g.contiguous(), matrix, u, v, float(s), float(scale))
+            return (
+                result.view(weight.shape),
+                alpha.new_tensor(p if abs(float(alpha.detach())) <= ctx.norm.bound else 0),
+                None,
+            )
+        p = torch.dot(g.flatten(), weight.flatten()) / s
+        to_weight = to_alpha = None
+        if ctx.needs_input_grad[0]:
+            to_weight = g.contiguous() * scale
+            ctx.norm.add_outer_(to_weight, u * (-p * scale), v)
+        if ctx.needs_input_grad[1]:
+            to_alpha = p * (alpha.abs() <= ctx.norm.bound)
+        return to_weight, to_alpha, None
