@@ -25,14 +25,22 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels
 
 
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
-def test_a_native_solve_is_the_same_at_any_scale_of_the_right_hand_side(scale: float) -> None:
+@pytest.mark.parametrize("in_kernels", [False, True])
+@pytest.mark.parametrize("solver", [Gmres(1e-2), Gmres(1e-4, restart=2), Gmres(1e-6)], ids=str)
+def test_a_native_solve_is_the_same_at_any_scale_of_the_right_hand_side(
+    scale: float, in_kernels: bool, solver: Gmres
+) -> None:
     generator = torch.Generator().manual_seed(8)
     matrix, rhs = 0.05 * torch.randn(64, 64, generator=generator), torch.randn(3, 64, generator=generator)
-    values = [
-        solve(LinearProblem(lambda v: v @ matrix.T, rhs * s, native=True), Gmres(tol=1e-4)).value / s
-        for s in (1.0, scale)
-    ]
-    assert torch.equal(*values)
+    rhs[1] = 0
+    found = []
+    for factor in (1.0, scale):
+        problem = in_factors([matrix], [torch.ones(3, 64)], rhs * factor)
+        found.append(solve(problem if in_kernels else replace(problem, factors=None), solver))
+    assert torch.equal(found[0].value, found[1].value / scale)
+    assert found[0].outcome is Outcome.converged
+    assert torch.equal(found[0].stats.residual, found[1].stats.residual)
+    assert found[0].stats.residual[1] == found[0].value[1].norm() == 0
 
 
 def test_the_verdict_of_a_native_solve_with_restarts_is_on_what_it_returns() -> None:

@@ -66,24 +66,30 @@ void residual(Work *w) {
     }
 }
 
+/* The exponent of a power of two near the largest |x|; 0 where that is 0 or not finite. */
+static int exponent_of(int64_t n, const float *x) {
+    float largest;
+    int32_t bits = 0; /* those of |x| are ordered as |x| is, infinity and NaN last */
+    for (int64_t i = 0; i < n; i++) {
+        int32_t own;
+        memcpy(&own, x + i, sizeof own);
+        own &= 0x7fffffff;
+        bits = own > bits ? own : bits;
+    }
+    memcpy(&largest, &bits, sizeof largest);
+    int exponent = 0;
+    if (largest > 0 && isfinite(largest)) frexpf(largest, &exponent);
+    return exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+}
+
 /* y = b / unit with unit a power of two near the largest |b| of the group (1 where that is 0 or not finite), and
  * norm = ||y||. */
 void rescale(Work *w) {
     int64_t n = w->n;
     FOR_GROUPS(w) {
         const float *x = w->b + g * n;
-        float *y = w->y + g * n, largest;
-        int32_t bits = 0; /* those of |x| are ordered as |x| is, infinity and NaN last */
-        for (int64_t i = 0; i < n; i++) {
-            int32_t own;
-            memcpy(&own, x + i, sizeof own);
-            own &= 0x7fffffff;
-            bits = own > bits ? own : bits;
-        }
-        memcpy(&largest, &bits, sizeof largest);
-        int exponent = 0;
-        if (largest > 0 && isfinite(largest)) frexpf(largest, &exponent);
-        exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+        float *y = w->y + g * n;
+        int exponent = exponent_of(n, x);
         float factor = ldexpf(1, -exponent);
         for (int64_t i = 0; i < n; i++) y[i] = x[i] * factor;
         w->unit[g] = ldexpf(1, exponent);
@@ -109,15 +115,19 @@ typedef struct {
     const Factor *factors;      /* of A, the one that is applied first at the front */
     int64_t count;              /* of them */
     const float *b, *start;     /* [groups][n] right-hand sides; added to the solutions, or NULL */
-    float *y, *residual;        /* [groups][n]; rows of the residual are written where it is not enough. It may be NULL */
-    const double *enough;       /* [groups] norm of a residual that needs no further dimension */
-    double *norm, *length;      /* [groups] of the residual, and of y */
+    float *y, *residual;        /* [groups][n] */
+    const double *rhs;          /* [groups] what norms are relative to; NULL: ||b|| */
+    double *norm, *length;      /* [groups] of the residual, and of y, relative to rhs; 0 where that is */
     int64_t *dimensions;        /* [groups] used: products */
+    double enough;              /* relative norm of a residual that needs no further dimension */
     double noise;
     char *memory;
     int64_t room[4];            /* bytes of a thread's memory: of its basis, its states, a product between factors, and scratch */
     int64_t padding[8];         /* what threads write is not in the cache line of what they read */
     int64_t next, threads;      /* first group to be taken by the next thread, and threads that have memory; both start at 0 */
+    int64_t finished;           /* groups; starts at 0 */
+    double worst, longest;      /* of all norms, NaN if one is, and of all lengths */
+    int64_t most, total;        /* of the dimensions */
 } Solve;
 
 /* The space of one group: q_0..q_m, `stride` numbers apart, and in double the triangular factor R [m][m] (by columns), the
@@ -126,19 +136,26 @@ typedef struct {
     float *basis;
     double *r, *rotation, *right;
     int64_t stride, k, group;
+    double rhs;
+    double beta; /* ||b||; sums of squares are of vectors in units of it: float32 holds those of no small b */
 } Space;
 
 static int64_t state_size(int64_t m) { return m * m + 3 * m + 1; }
 
-/* q_0 = b / ||b||, 0 where b is. Returns ||b||. */
+/* q_0 = b / ||b||, 0 where b is. Returns the norm of the residual. */
 static double begin(const Solve *w, Space *s) {
     const float *b = w->b + s->group * w->n;
-    double length = sqrt(dot(w->n, b, b));
+    int exponent = exponent_of(w->n, b);
+    float scale = ldexpf(1, -exponent);
+    for (int64_t i = 0; i < w->n; i++) s->basis[i] = b[i] * scale;
+    double length = sqrt(dot(w->n, s->basis, s->basis));
     float factor = length == 0 ? 0.0f : (float)(1 / length);
-    for (int64_t i = 0; i < w->n; i++) s->basis[i] = b[i] * factor;
-    s->right[0] = length;
+    for (int64_t i = 0; i < w->n; i++) s->basis[i] *= factor;
+    s->beta = ldexp(length, exponent);
+    s->right[0] = 1;
     s->k = 0;
-    return length;
+    s->rhs = w->rhs ? w->rhs[s->group] : s->beta;
+    return s->beta;
 }
 
 /* From A q_k, which lies at q_{k+1}: (1 - A) q_k, made orthogonal to q_0..q_k by modified Gram-Schmidt and normalised, becomes
@@ -180,7 +197,15 @@ static double extend(const Solve *w, Space *s) {
     column[k] = radius;
     s->right[k + 1] = -sine * s->right[k];
     s->right[k] *= cosine;
-    return fabs(s->right[k + 1]);
+    return fabs(s->right[k + 1]) * s->beta;
+}
+
+/* ||x|| / unit for a unit of the size of x or larger. */
+static double length_in(int64_t n, const float *x, double unit) {
+    if (unit > 1e-10 && unit < 1e10) return sqrt(dot(n, x, x)) / unit;
+    double total = 0;
+    for (int64_t i = 0; i < n; i++) total += (double)x[i] * x[i];
+    return sqrt(total) / unit;
 }
 
 /* y = start + c_0 q_0 + ... + c_{k-1} q_{k-1} with R c = right; a useless direction gets 0. The residual is the basis q_0..q_k
@@ -197,13 +222,14 @@ static void finish(const Solve *w, Space *s) {
         rotation[2 * i] = rest[1]; /* now that of q_{i+1}; rest[0] is that of q_0 in the end */
     }
     const float *start = w->start ? w->start + g * n : 0;
+    double beta = s->beta, rhs = s->rhs;
     float *left = s->basis + s->stride * k, *y = w->y + g * n, own = (float)(k ? rotation[2 * k - 2] : rest[0]);
     for (int64_t i = 0; i < n; i++) left[i] *= own;
     if (!k)
         for (int64_t i = 0; i < n; i++) y[i] = start ? start[i] : 0;
     for (int64_t j = 0; j < k; j++) {
         const float *q = s->basis + s->stride * j, *before = j ? y : start;
-        float share = (float)c[j], of_rest = (float)(j ? rotation[2 * j - 2] : rest[0]);
+        float share = (float)(c[j] * beta), of_rest = (float)(j ? rotation[2 * j - 2] : rest[0]);
         if (before)
             for (int64_t i = 0; i < n; i++) y[i] = before[i] + share * q[i];
         else
@@ -211,9 +237,20 @@ static void finish(const Solve *w, Space *s) {
         for (int64_t i = 0; i < n; i++) left[i] += of_rest * q[i];
     }
     w->dimensions[g] = k;
-    w->norm[g] = sqrt(dot(n, left, left));
-    w->length[g] = sqrt(dot(n, y, y));
-    if (w->residual && !(w->norm[g] <= w->enough[g])) memcpy(w->residual + g * n, left, n * sizeof(float));
+    w->norm[g] = rhs == 0 ? 0 : sqrt(dot(n, left, left)) * beta / rhs;
+    w->length[g] = rhs == 0 ? 0 : length_in(n, y, rhs);
+    for (int64_t i = 0; i < n; i++) w->residual[g * n + i] = left[i] * (float)beta;
+}
+
+/* What all groups have in common, by the thread that finished the last of them. */
+static void sum_up(Solve *w) {
+    w->worst = w->longest = w->most = w->total = 0;
+    for (int64_t g = 0; g < w->groups; g++) {
+        if (!(w->norm[g] <= w->worst)) w->worst = isnan(w->worst) ? w->worst : w->norm[g];
+        if (!(w->length[g] <= w->longest)) w->longest = isnan(w->longest) ? w->longest : w->length[g];
+        w->most = w->dimensions[g] > w->most ? w->dimensions[g] : w->most;
+        w->total += w->dimensions[g];
+    }
 }
 
 /* The q_{k+1} of `open` spaces = A q_k, from factor to factor through `between`. */
@@ -244,19 +281,20 @@ void gmres(Solve *w) {
         Space spaces[groups], *unsolved[groups];
         for (int64_t i = 0; i < groups; i++) {
             double *r = state + i * state_size(w->m), *rotation = r + w->m * w->m;
-            spaces[i] = (Space){basis + i * w->n, r, rotation, rotation + 2 * w->m, w->together * w->n, 0, first + i};
+            spaces[i] = (Space){basis + i * w->n, r, rotation, rotation + 2 * w->m, w->together * w->n, 0, first + i, 0, 0};
             double left = begin(w, spaces + i);
-            if (left > w->enough[first + i] && left < INFINITY) unsolved[open++] = spaces + i;
+            if (left > w->enough * spaces[i].rhs && left < INFINITY) unsolved[open++] = spaces + i;
         }
         for (int64_t k = 0; open && k < w->m; k++) {
             multiply(w, open, unsolved, between, scratch);
             int64_t kept = 0;
             for (int64_t i = 0; i < open; i++) {
                 double left = extend(w, unsolved[i]);
-                if (left > w->enough[unsolved[i]->group] && left < INFINITY) unsolved[kept++] = unsolved[i];
+                if (left > w->enough * unsolved[i]->rhs && left < INFINITY) unsolved[kept++] = unsolved[i];
             }
             open = kept;
         }
         for (int64_t i = 0; i < groups; i++) finish(w, spaces + i);
+        if (__atomic_add_fetch(&w->finished, groups, __ATOMIC_ACQ_REL) == w->groups) sum_up(w);
     }
 }

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ide_snn.solvers.vectors import Factor, rescaled, residual_
+from ide_snn.solvers.vectors import Factor, Run, largest, relative, rescaled, residual_
 
 Array = NDArray[np.float64]
 
@@ -165,6 +165,11 @@ class Method(Protocol):
         ...
 
 
+# A solver may have `at_once(factors, b [G, N])`: a first run from 0 for A in factors, and whether its residuals are
+# such that the verdict can be on them.
+AtOnce = Callable[[tuple[Factor, ...], Tensor], tuple[Run, bool]]
+
+
 class Workspace:
     """The problem seen as rows [G, N]: views, no copies, for contiguous and channels-last tensors alike."""
 
@@ -259,6 +264,14 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
         work = Workspace(problem)
         if isinstance(problem, FixedPointProblem):
             return _solve(work, solver, y0, trace)
+        at_once: AtOnce | None = getattr(solver, "at_once", None) if y0 is None else None
+        run = None
+        if problem.factors is not None and at_once is not None:
+            run, has_verdict = at_once(problem.factors, work.rows(problem.rhs))
+            if has_verdict and run.worst <= solver.tol:
+                kept = (1.0, run.worst) if trace else None
+                stats = SolveStats(run.most, run.most, run.mean, torch.from_numpy(run.norm), kept)
+                return Solution(work.unrows(run.y), Outcome.converged, stats)
         if work.native:
             rhs, unit, norm = rescaled(work.rows(problem.rhs))
             scaled = Workspace(replace(problem, rhs=work.unrows(rhs)))
@@ -267,7 +280,12 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
         else:
             unit = _unit(problem)
             scaled = Workspace(replace(problem, rhs=problem.rhs / unit))
-        solution = _solve(scaled, solver, None if y0 is None else y0 / unit, trace)
+        begun = None
+        if run is not None:
+            y, r = (scaled.rows(work.unrows(rows) / unit) for rows in (run.y, run.residual))
+            residual = (r, run.norm * scaled.rhs_norm) if has_verdict else None
+            begun = Advance(y, max(run.most, 1), run.most, run.most - run.mean, residual)
+        solution = _solve(scaled, solver, None if y0 is None else y0 / unit, trace, begun)
         return replace(solution, value=solution.value.mul_(unit))  # nobody else has it
 
 
@@ -302,7 +320,10 @@ def _first_iterate(work: Workspace, y0: Tensor | None) -> Tensor:
     return torch.where(((scale > 0) & scale.isfinite())[:, None], y, start)
 
 
-def _solve(work: Workspace, solver: Solver, y0: Tensor | None, keep_trace: bool) -> Solution:
+def _solve(
+    work: Workspace, solver: Solver, y0: Tensor | None, keep_trace: bool, begun: Advance | None = None
+) -> Solution:
+    """`begun`: the first iterate and the way to it, where a method for linear problems has made them from 0."""
     method = solver.begin(work)
     start = _first_iterate(work, y0)
     best, best_residual = start, np.full(work.groups, np.inf)
@@ -312,9 +333,9 @@ def _solve(work: Workspace, solver: Solver, y0: Tensor | None, keep_trace: bool)
     steps, products, left_out = 0, 0, 0.0
     first: Callable[[Tensor, int], Advance] | None = getattr(method, "first", None)
     if first is not None and y0 is None:
-        progress.first = _relative(work.rhs_norm, work.rhs_norm)
-        trace.append(_largest(progress.first))
-        now = first(start, solver.max_steps)
+        progress.first = relative(work.rhs_norm, work.rhs_norm)
+        trace.append(largest(progress.first))
+        now = first(start, solver.max_steps) if begun is None else begun
     while True:
         y, steps, products = now.y, steps + now.steps, products + now.products
         left_out += now.left_out
@@ -322,8 +343,8 @@ def _solve(work: Workspace, solver: Solver, y0: Tensor | None, keep_trace: bool)
             r, residual = _evaluate(work, y)
             products += 1
         else:
-            r, residual = now.residual[0], _relative(now.residual[1], work.rhs_norm)
-        trace.append(_largest(residual))
+            r, residual = now.residual[0], relative(now.residual[1], work.rhs_norm)
+        trace.append(largest(residual))
         best, best_residual = _keep_best(best, best_residual, y, residual)
         outcome = progress.verdict(best_residual, residual, out_of_steps=steps >= solver.max_steps)
         if outcome is not None:
@@ -345,23 +366,7 @@ def _evaluate(work: Workspace, y: Tensor) -> tuple[Tensor, Array]:
         image = work.rows(work.image(y))
         r = image - y
         absolute, scale = _numbers(torch.stack([r.norm(dim=1), image.norm(dim=1)]))
-    return r, _relative(absolute, scale)
-
-
-def _relative(absolute: Array, scale: Array) -> Array:
-    """Norms of residuals [G] in units of their scale [G]."""
-    # b = 0 has the solution v = 0 with residual 0 exactly. f(z) = 0 at some z, silent neurons, is nothing
-    # infinite: there the residual is measured against z, which makes it 1
-    if scale.size and scale.min() > 0 and scale.max() < np.inf:
-        quotient: Array = absolute / scale
-        return quotient
-    known = scale > 0
-    with np.errstate(invalid="ignore"):  # infinity in units of infinity is no number
-        return np.where(known, absolute / np.where(known, scale, 1.0), np.where(absolute > 0, 1.0, absolute))
-
-
-def _largest(residual: Array) -> float:
-    return float(residual.max()) if residual.size else 0.0
+    return r, relative(absolute, scale)
 
 
 def _numbers(x: Tensor) -> Array:

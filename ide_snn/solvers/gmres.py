@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ide_snn.solvers.base import Advance, FixedPointProblem, Workspace, check_settings, require_count
-from ide_snn.solvers.vectors import gmres
+from ide_snn.solvers.vectors import Factor, Run, Terms, gmres, largest, relative
 
 Array = NDArray[np.float64]
 
@@ -50,12 +50,18 @@ class Gmres:
             )
         return _Restarted(self, work)
 
+    def at_once(self, factors: tuple[Factor, ...], b: Tensor) -> tuple[Run, bool]:
+        """(the first run for v = b + A v, A in factors, in one call; True where the verdict can be on its residual)."""
+        terms = Terms(self.tol, torch.finfo(b.dtype).eps)
+        run = gmres(factors, b, terms, min(self.restart, self.max_steps))
+        return run, terms.trust(run)
+
 
 class _Restarted:
     def __init__(self, settings: Gmres, work: Workspace) -> None:
         self.settings = settings
         self.work = work
-        self.norm: Array | None = None  # of residuals that were given as 0 because they were small enough
+        self.terms = Terms(settings.tol, torch.finfo(work.problem.start.dtype).eps)
 
     def first(self, b: Tensor, budget: int) -> Advance:
         return self._run(None, b, budget)
@@ -64,53 +70,35 @@ class _Restarted:
         return self._run(y, r, budget)
 
     def _run(self, y: Tensor | None, r: Tensor, budget: int) -> Advance:
-        eps, tol = torch.finfo(r.dtype).eps, self.settings.tol
-        # Modified Gram-Schmidt loses orthogonality like eps / residual: one pass is enough until that matters.
-        is_loose = tol > eps**0.5
-        # A little below tol: the residual that decides differs from the predicted by rounding.
-        enough = (0.99 if is_loose else 0.9) * tol * self.work.rhs_norm
-        dimensions, passes = min(self.settings.restart, budget), 1 if is_loose else 2
-        # What is left after cancelling to rounding level is noise, not a direction.
-        noise = 10 * eps
-        if self.work.factors is None:
-            y, r, norm, length, products = _step_by_step(self.work.matvec, y, r, enough, dimensions, passes, noise)
-            left_out = 0.0
+        work, dimensions = self.work, min(self.settings.restart, budget)
+        if work.factors is None:
+            run = _step_by_step(work.matvec, r, self.terms, dimensions, y, work.rhs_norm)
         else:
-            run = gmres(self.work.factors, r, y, enough, dimensions=dimensions, passes=passes, noise=noise)
-            y, r, norm, length, products = run.y, run.residual, run.norm, run.length, int(run.products.max(initial=0))
-            left_out = products - float(run.products.sum()) / max(len(norm), 1)
-            if self.norm is not None:
-                norm = np.where(run.products == 0, self.norm, norm)
-            self.norm = norm
-        is_short = bool((100 * eps * length <= tol * self.work.rhs_norm).all())
-        if not (is_loose and is_short):
-            self.norm = None
-            return Advance(y, max(products, 1), products, left_out)
-        return Advance(y, max(products, 1), products, left_out, (r, norm))
+            run = gmres(work.factors, r, self.terms, dimensions, y, work.rhs_norm)
+        residual = (run.residual, run.norm * work.rhs_norm) if self.terms.trust(run) else None
+        return Advance(run.y, max(run.most, 1), run.most, run.most - run.mean, residual)
 
 
 def _step_by_step(
-    matvec: Callable[[Tensor], Tensor],
-    y: Tensor | None,
-    r: Tensor,
-    enough: Array,
-    dimensions: int,
-    passes: int,
-    noise: float,
-) -> tuple[Tensor, Tensor, Array, Array, int]:
-    """`vectors.gmres` for any A, device and type: (y, residual, norms of residual and y, products)."""
-    space = _Krylov(r, dimensions, passes, noise)
+    matvec: Callable[[Tensor], Tensor], b: Tensor, terms: Terms, dimensions: int, start: Tensor | None, rhs: Array
+) -> Run:
+    """`vectors.gmres` for any A, device and type."""
+    space = _Krylov(b, dimensions, terms.passes, terms.noise)
     for _ in range(dimensions):
         predicted = space.extend(matvec(space.vectors[-1]))
-        if not ((predicted > enough) & (predicted < np.inf)).any():
+        if not ((predicted > terms.enough * rhs) & (predicted < np.inf)).any():
             break
-    return *space.finish(y), len(space.vectors) - 1
+    y, residual, *norms = space.finish(start)
+    norm, length = (relative(absolute, rhs) for absolute in norms)
+    products = len(space.vectors) - 1
+    return Run(y, residual, norm, length, largest(norm), largest(length), products, products)
 
 
 class _Krylov:
     """The space spanned by r, (1 - A) r, ... per group, and the smallest residual in it.
 
-    By torch operations and, for the small least-squares problem, numpy: any device and type."""
+    By torch operations and, for the small least-squares problem, numpy: any device and type.
+    """
 
     def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
         basis, beta = _normalise_(r.clone())

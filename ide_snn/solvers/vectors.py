@@ -52,84 +52,111 @@ class _Solve(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("groups", "n", "together", "m", "passes")),
         ("factors", ctypes.c_void_p),
         ("count", ctypes.c_int64),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("b", "start", "y", "residual", "enough", "norm", "length", "dimensions")
-        ),
+        *((name, ctypes.c_void_p) for name in ("b", "start", "y", "residual")),
+        *((name, ctypes.c_void_p) for name in ("rhs", "norm", "length", "dimensions")),
+        ("enough", ctypes.c_double),
         ("noise", ctypes.c_double),
         ("memory", ctypes.c_void_p),
         ("room", ctypes.c_int64 * 4),
         ("padding", ctypes.c_int64 * 8),
-        ("next", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("next", "threads", "finished")),
+        *((name, ctypes.c_double) for name in ("worst", "longest")),
+        *((name, ctypes.c_int64) for name in ("most", "total")),
     ]
 
 
-@dataclass(frozen=True)
-class Solved:
-    """y [G, N] with its residual [G, N] and the norms of both [G]; the products [G] that each group took.
+class Terms:
+    """What follows from the tolerance of a GMRES solve and the rounding `eps` of its numbers.
 
-    The residual is written where it is not below what was enough, and 0 elsewhere.
+    Attributes:
+        enough: relative norm of a residual that needs no further dimension: a little below tol, for the residual that
+            decides differs from the predicted by rounding.
+        passes: of modified Gram-Schmidt, which loses orthogonality like eps / residual; one until that matters.
+        noise: share of its length below which an orthogonalised vector is what cancelling has left of rounding.
+    """
+
+    def __init__(self, tol: float, eps: float) -> None:
+        self.tol, self.eps = tol, eps
+        self.is_loose = tol > eps**0.5
+        self.enough = (0.99 if self.is_loose else 0.9) * tol
+        self.passes = 1 if self.is_loose else 2
+        self.noise = 10 * eps
+
+    def trust(self, run: Run) -> bool:
+        """True where the residual that a run computes is that of its y to rounding."""
+        return self.is_loose and 100 * self.eps * run.longest <= self.tol
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run of GMRES found; norms are relative to those of the right-hand side.
+
+    Attributes:
+        y, residual: [G, N].
+        norm, length: of the residual and of y, [G].
+        worst, longest: largest norm of a residual, and of a y; NaN if one is.
+        most, mean: products, of the group with the most, and per group.
     """
 
     y: Tensor
     residual: Tensor
     norm: Array
     length: Array
-    products: NDArray[np.int64]
+    worst: float
+    longest: float
+    most: int
+    mean: float
 
 
 def gmres(
     factors: tuple[Factor, ...],
     b: Tensor,
-    start: Tensor | None,
-    enough: Array,
-    *,
+    terms: Terms,
     dimensions: int,
-    passes: int,
-    noise: float,
-) -> Solved:
+    start: Tensor | None = None,
+    rhs: Array | None = None,
+) -> Run:
     """start + v with (1 - A) v = b by GMRES without restarts, each group in a space of its own.
+
+    The same at any scale of b, bit for bit, as long as float32 has the numbers.
 
     Args:
         factors: of A, the one that is applied first at the front.
         b: [G, N].
-        start: [G, N], or None for 0.
-        enough: norm [G] of a residual that needs no further dimension.
+        terms: when a group is solved, and how vectors are made orthogonal.
         dimensions: at most.
-        passes: of modified Gram-Schmidt.
-        noise: share of its length below which an orthogonalised vector is noise.
+        start: [G, N]; None: 0.
+        rhs: what norms are relative to, [G]; None: ||b||.
     """
-    (groups, n), m = b.shape, dimensions
-    together = max(1, min(max(factor.together for factor in factors), -(-groups // torch.get_num_threads())))
-    room = [
-        4 * (m + 1) * together * n,
-        8 * together * (m * m + 3 * m + 1),
-        4 * together * max((factor.size for factor in factors[:-1]), default=0),
-        max(factor.scratch + together * factor.scratch_each for factor in factors),
-    ]
-    room = [-(-size // LINE) * LINE for size in room]
-    memory = torch.empty(torch.get_num_threads() * (sum(room) + room[2]), dtype=torch.uint8)
+    groups, n, m, threads = len(b), b.shape[1], dimensions, torch.get_num_threads()
+    together = max(1, min(max([factor.together for factor in factors]), -(-groups // threads)))
+    room = (ctypes.c_int64 * 4)(
+        _lines(4 * (m + 1) * together * n),
+        _lines(8 * together * (m * m + 3 * m + 1)),
+        _lines(4 * together * max([factor.size for factor in factors])) if len(factors) > 1 else 0,
+        _lines(max([factor.scratch + together * factor.scratch_each for factor in factors])),
+    )
+    memory = torch.empty(threads * (room[0] + room[1] + 2 * room[2] + room[3]), dtype=torch.uint8)
     links = (_Factor * len(factors))(
-        *(_Factor(native.address(f.library, f.kernel), ctypes.addressof(f.work), f.size) for f in factors)
+        *[_Factor(native.address(f.library, f.kernel), ctypes.addressof(f.work), f.size) for f in factors]
     )
     y, residual = torch.empty_like(b), torch.empty_like(b)
-    norm, length, products = np.empty(groups), np.empty(groups), np.empty(groups, dtype=np.int64)
+    norms, used = np.empty((2, groups)), np.empty(groups, dtype=np.int64)
+    at = norms.ctypes.data
     work = _Solve(
-        *(groups, n, together, m, passes),
-        ctypes.addressof(links),
-        len(factors),
+        *(groups, n, together, m, terms.passes, ctypes.addressof(links), len(factors)),
         *(b.data_ptr(), None if start is None else start.data_ptr(), y.data_ptr(), residual.data_ptr()),
-        *(array.ctypes.data for array in (enough, norm, length, products)),
-        noise,
-        memory.data_ptr(),
-        (ctypes.c_int64 * 4)(*room),
+        *(None if rhs is None else rhs.ctypes.data, at, at + 8 * groups, used.ctypes.data),
+        *(terms.enough, terms.noise, memory.data_ptr(), room),
     )
     native.run("krylov", "gmres", work, 16 * b.numel())
-    solved = norm <= enough
-    if not solved.all():
-        residual[torch.from_numpy(solved)] = 0
-    return Solved(y, residual, norm, length, products)
+    most, mean = int(work.most), work.total / max(groups, 1)
+    return Run(y, residual, norms[0], norms[1], work.worst, work.longest, most, mean)
+
+
+def _lines(size: int) -> int:
+    """Bytes in whole lines."""
+    return -(-size // LINE) * LINE
 
 
 class _Work(ctypes.Structure):
@@ -160,3 +187,19 @@ def _once(name: str, rows: Tensor, **tensors: Tensor) -> Array:
         "krylov", name, _Work(groups=rows.shape[0], n=rows.shape[1], norm=norm.ctypes.data, **pointers), rows.numel()
     )
     return norm
+
+
+def relative(absolute: Array, scale: Array) -> Array:
+    """Norms of residuals [G] in units of their scale [G]."""
+    # b = 0 has the solution v = 0 with residual 0 exactly. f(z) = 0 at some z, silent neurons, is nothing
+    # infinite: there the residual is measured against z, which makes it 1
+    if scale.size and scale.min() > 0 and scale.max() < np.inf:
+        quotient: Array = absolute / scale
+        return quotient
+    known = scale > 0
+    with np.errstate(invalid="ignore"):  # infinity in units of infinity is no number
+        return np.where(known, absolute / np.where(known, scale, 1.0), np.where(absolute > 0, 1.0, absolute))
+
+
+def largest(residual: Array) -> float:
+    return float(residual.max()) if residual.size else 0.0
