@@ -80,7 +80,7 @@ class _Scratch(ctypes.Structure):
     def of(cls, accumulators: int, events: int, positions: int) -> tuple[_Scratch, Tensor]:
         """Room for every thread: for so many sums, events and positions; and the memory, which the caller keeps."""
         scratch = cls.sizes(accumulators, events, positions)
-        memory = torch.empty(torch.get_num_threads() * scratch.size, dtype=torch.uint8)
+        memory = native.scratch(torch.get_num_threads() * scratch.size)
         scratch.memory = memory.data_ptr()
         return scratch, memory
 

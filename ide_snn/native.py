@@ -40,7 +40,11 @@ FLAGS = (
 # Where nothing of the kind is promised.
 FLAGS_OF = {"dense": ("-ffp-contract=fast",)}
 
+MOST_KEPT = 1 << 26  # bytes of scratch memory, per thread
 WORTH_THREADS = 1 << 16  # numbers: below, waking them costs more than they save
+
+
+_own = threading.local()
 
 
 class NativeUnavailable(RuntimeError):
@@ -113,6 +117,19 @@ def run(name: str, kernel: str, work: ctypes.Structure, elements: int) -> None:
     function(argument)
     for thread in others:
         thread.join()
+
+
+def scratch(size: int) -> torch.Tensor:
+    """At least `size` bytes for one call of a kernel; the next call in this thread may get the same.
+
+    What is allocated anew in every step comes from the system in pages that have to be cleared.
+    """
+    memory: torch.Tensor | None = getattr(_own, "memory", None)
+    if memory is None or memory.numel() < size:
+        memory = torch.empty(size, dtype=torch.uint8)
+        if size <= MOST_KEPT:
+            _own.memory = memory
+    return memory
 
 
 def address(name: str, kernel: str) -> int:

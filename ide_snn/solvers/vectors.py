@@ -136,7 +136,7 @@ def gmres(
         _lines(4 * together * max([factor.size for factor in factors])) if len(factors) > 1 else 0,
         _lines(max([factor.scratch + together * factor.scratch_each for factor in factors])),
     )
-    memory = torch.empty(threads * (room[0] + room[1] + 2 * room[2] + room[3]), dtype=torch.uint8)
+    memory = native.scratch(threads * (room[0] + room[1] + 2 * room[2] + room[3]))
     links = (_Factor * len(factors))(
         *[_Factor(native.address(f.library, f.kernel), ctypes.addressof(f.work), f.size) for f in factors]
     )
