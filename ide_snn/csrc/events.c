@@ -410,21 +410,17 @@ void simulate(Simulation *s) {
     Events events = take_scratch(&s->scratch, &acc);
     for (int64_t sample; (sample = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED)) < s->batch;) {
         for (int64_t i = 0; s->from_rest && i < s->n; i++) rest(s->populations + i, sample);
-        for (int64_t t = 0; t < s->steps; t++)
-            for (int64_t i = 0; i < s->n; i++) {
+        int64_t extra = s->populations->response && s->share != 0; /* step, of the response alone */
+        for (int64_t t = 0; t < s->steps + extra; t++)
+            for (int64_t i = 0; i < (t < s->steps ? s->n : 1); i++) {
                 const Connection *k = s->connections + i;
                 const Population *source = s->populations + (i ? i - 1 : s->n - 1);
-                collect_spikes(source->spikes + sample * source->size, k->in_positions, k->in_channels, &events);
                 float *response = s->populations[i].response;
                 if (response) response = s->from_rest && !t ? 0 : response + sample * s->populations[i].size;
-                update(k, s->populations + i, sample, &events, i ? 0 : s->drive, threshold, leak, response, 0, acc);
+                collect_spikes(source->spikes + sample * source->size, k->in_positions, k->in_channels, &events);
+                update(k, s->populations + i, sample, &events, i ? 0 : s->drive, threshold, leak, response,
+                       t < s->steps ? 0 : (float)s->share, acc);
             }
-        const Population *first = s->populations, *last = s->populations + s->n - 1;
-        if (first->response && s->share != 0) {
-            const Connection *k = s->connections;
-            collect_spikes(last->spikes + sample * last->size, k->in_positions, k->in_channels, &events);
-            update(k, first, sample, &events, 0, threshold, leak, first->response + sample * first->size, (float)s->share, acc);
-        }
     }
 }
 
