@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ide_snn import event_driven
+from ide_snn.dense import DenseMap
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
 
@@ -226,6 +227,15 @@ def events(levels: bool = False) -> Prepare:
     return prepare
 
 
+def dense(operator: Operator, weight: Tensor, x: Tensor, _y: Tensor | None) -> Call:
+    """This project's product of the linear solves, which multiplies with the transposed weight of a layer."""
+    inputs, outputs = operator.in_channels, operator.out_channels
+    layer = Operator("linear", outputs, inputs)
+    product = DenseMap(Affine(layer, weight.t().contiguous(), None, 1, None, (outputs,)))
+    z = x.float().contiguous()
+    return lambda: product.adjoint(z)
+
+
 def _on_gpu(call: Call, x: Tensor, tf32: bool) -> Call:
     """The call itself on a CPU; on a GPU its CUDA graph, so that starting it costs the least, in float32 or TF32."""
     if x.device.type != "cuda":
@@ -269,6 +279,7 @@ WAYS = (
     Way("oneDNN", "int8x2", integer(two=True), ("linear", "conv"), device="cpu"),
     Way("oneDNN, two products", "int8x2", two_integers, ("linear", "conv"), device="cpu"),
     Way("fbgemm", "int8 to 8 bits", fbgemm, ("linear", "conv"), device="cpu"),
+    Way("dense", "float32", dense, LINEAR, device="cpu"),
     Way("events", "events", events(), device="cpu"),
     Way("events", "events16", events(levels=True), device="cpu"),
     Way("torch", "float32", gradient(F32), gradient=True),

@@ -1,4 +1,4 @@
-"""Products with dense weights by a compiled kernel (`csrc/dense.c`), float32 on a CPU, for linear solves.
+"""Transposed products of fully connected layers by a compiled kernel (`csrc/dense.c`), float32 on a CPU.
 
 A fully connected population is solved a few samples at a time, whose vectors stay in the cache from one product to the
 next; a library's product would take the whole batch, solved samples included.
@@ -10,11 +10,12 @@ import ctypes
 import functools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ide_snn import native
 from ide_snn.layers import Affine
-from ide_snn.solvers.vectors import Factor
+from ide_snn.solvers.vectors import LINE, Factor
 
 TOGETHER = 24
 
@@ -34,6 +35,15 @@ class _Dense(ctypes.Structure):
     ]
 
 
+class _Product(ctypes.Structure):
+    _fields_ = [
+        ("factor", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "together")),
+        *((name, ctypes.c_void_p) for name in ("x", "y", "memory")),
+        *((name, ctypes.c_int64) for name in ("room", "next", "threads")),
+    ]
+
+
 @dataclass(frozen=True)
 class DenseMap:
     """The linear part of a fully connected layer without gain, W [out, in], and its adjoint; packed when first used."""
@@ -46,7 +56,14 @@ class DenseMap:
 
     def adjoint(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
         """W^T (scale * y)."""
-        return self.affine.adjoint(y, scale)
+        y, factor = y.contiguous(), self.adjoint_factor(scale)
+        x, threads = y.new_empty(len(y), factor.size), torch.get_num_threads()
+        together = max(1, min(TOGETHER, -(-len(y) // threads)))
+        room = -(-together * factor.scratch_each // LINE) * LINE
+        pointers = (y.data_ptr(), x.data_ptr(), native.scratch(threads * room).data_ptr())
+        work = _Product(ctypes.addressof(factor.work), len(y), together, *pointers, room, 0, 0)
+        native.run("dense", "product", work, self.affine.weight.numel())
+        return x
 
     @functools.cached_property
     def _packed(self) -> Tensor:
@@ -58,10 +75,10 @@ class DenseMap:
         native.run("dense", "pack", _Pack(inputs, outputs, weight.data_ptr(), packed.data_ptr(), 0), packed.numel())
         return packed
 
-    def adjoint_factor(self, scale: Tensor) -> Factor:
+    def adjoint_factor(self, scale: Tensor | None) -> Factor:
         """y -> W^T (scale * y) of single samples, for solves."""
         inputs, outputs = self.affine.weight.shape
-        packed, scale = self._packed, scale.contiguous()
-        work = _Dense(inputs, outputs, packed.data_ptr(), scale.data_ptr())
+        packed, scale = self._packed, None if scale is None else scale.contiguous()
+        work = _Dense(inputs, outputs, packed.data_ptr(), None if scale is None else scale.data_ptr())
         keep = (packed, scale)
         return Factor("dense", "multiply", work, keep, outputs, TOGETHER, scratch_each=4 * inputs)
