@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ide_snn import Anderson, Gmres
 from ide_snn.evaluation import evaluate
-from ide_snn.simulation import EVENT_PATHS, Rates, Record
-from ide_snn.solvers import FixedPointProblem, LinearProblem, Problem, Solver, solve
+from ide_snn.kernels import in_layout_of
+from ide_snn.simulation import Rates, Record
+from ide_snn.solvers import FixedPointProblem, Problem, Solver, solve
 
 NOISE = 1e-6  # relative, on the input: what float32 rounding does to it
 EXACT = Gmres(tol=1e-6, max_steps=200, restart=100)
@@ -119,8 +120,7 @@ def adjoint_problem(ours: Ours, x: Tensor, y: Tensor) -> Problem:
     point, f = model.block.linearisation_point(block_input(ours, x))
     leaf = point.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(model.classifier(leaf.flatten(1)), y), leaf)
-    product = f.linearise(point.detach(), "running").rmatvec
-    return LinearProblem(product, gradient, native=f.path in EVENT_PATHS)
+    return f.adjoint_problem(f.linearise(point.detach(), "running"), in_layout_of(point, gradient))
 
 
 def equilibrium_problem(ours: Ours, x: Tensor) -> Problem:

@@ -27,6 +27,7 @@ from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
 from ide_snn.precision import Precision
 from ide_snn.simulation import EVENT_PATHS, Path
+from ide_snn.solvers import LinearProblem
 from ide_snn.solvers.vectors import Factor
 
 Products = Literal["auto", "analytic", "autograd"]
@@ -191,6 +192,18 @@ class EquilibriumMap:
             else:
                 maps.append(plain)
         return AnalyticLinearisation(tuple(maps), tuple(slopes))
+
+    def adjoint_problem(self, jacobian: Linearisation, g: Tensor, *, coupled: bool = False) -> LinearProblem:
+        """v = g + J^T v, with the kernels that the path allows.
+
+        Args:
+            jacobian: of this map.
+            g: right-hand side, of the shape of a_n [B, *].
+            coupled: J mixes the samples of the batch.
+        """
+        native = self.path in EVENT_PATHS
+        factors = jacobian.transposed_factors() if native and isinstance(jacobian, AnalyticLinearisation) else None
+        return LinearProblem(jacobian.rmatvec, g, coupled, native, factors)
 
     @torch.no_grad()
     def _frozen_activations(self, a: Tensor) -> list[Tensor]:

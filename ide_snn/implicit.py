@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ide_snn.chain import attach_written_out, has_written_out_gradient
-from ide_snn.equilibrium import AnalyticLinearisation, AutogradLinearisation, EquilibriumMap, Linearisation
+from ide_snn.equilibrium import AutogradLinearisation, EquilibriumMap, Linearisation
 from ide_snn.neurons import sigma
 from ide_snn.precision import products_rounded, without_autocast
 from ide_snn.simulation import EVENT_PATHS
-from ide_snn.solvers import ADVICE, LinearProblem, Outcome, Solution, Solver, SolverWarning, solve
+from ide_snn.solvers import ADVICE, Outcome, Solution, Solver, SolverWarning, solve
 
 SolveHook = Callable[[Solution], None]
 
@@ -165,11 +165,8 @@ def _solved(
     g: Tensor,
 ) -> Tensor:
     """v with (I - J^T) v = g; tells the hooks, and everybody if it failed."""
-
-    native = f.path in EVENT_PATHS
-    factors = jacobian.transposed_factors() if native and isinstance(jacobian, AnalyticLinearisation) else None
     with products_rounded(f.precision, g.device), without_autocast(g.device.type):
-        solution = solve(LinearProblem(jacobian.rmatvec, g, coupled, native, factors), solver)
+        solution = solve(f.adjoint_problem(jacobian, g, coupled=coupled), solver)
     for hook in hooks:
         hook(solution)
     if solution.outcome is not Outcome.converged:

@@ -116,4 +116,4 @@ def cotangents(observation: Observation, labels: Tensor, loss: Loss = F.cross_en
 def _problem(site: Site, cotangent: Tensor) -> LinearProblem:
     with evaluation_mode(site.block), torch.no_grad():
         rates, f = site.block.linearisation_point(site.x)
-        return LinearProblem(f.linearise(rates, "running").rmatvec, cotangent)
+        return f.adjoint_problem(f.linearise(rates, "running"), cotangent)
