@@ -91,7 +91,7 @@ def _step_by_step(
     y, residual, *norms = space.finish(start)
     norm, length = (relative(absolute, rhs) for absolute in norms)
     products = len(space.vectors) - 1
-    return Run(y, residual, norm, length, largest(norm), largest(length), products, products)
+    return Run(y, residual, norm, largest(norm), largest(length), products, products)
 
 
 class _Krylov:

@@ -27,7 +27,7 @@ class Factor:
 
     Attributes:
         library, kernel: csrc/`library`.c and the function in it.
-        work: what the function is given; `tensors` and anything else that it points to is kept here.
+        work, keep: what the function is given, and everything that it points to.
         size: numbers per sample of the result.
         together: samples that are best multiplied at a time.
         scratch, scratch_each: bytes that a thread needs, and those for every sample that is multiplied at a time.
@@ -93,7 +93,7 @@ class Run:
 
     Attributes:
         y, residual: [G, N].
-        norm, length: of the residual and of y, [G].
+        norm: of the residual, [G].
         worst, longest: largest norm of a residual, and of a y; NaN if one is.
         most, mean: products, of the group with the most, and per group.
     """
@@ -101,7 +101,6 @@ class Run:
     y: Tensor
     residual: Tensor
     norm: Array
-    length: Array
     worst: float
     longest: float
     most: int
@@ -151,7 +150,7 @@ def gmres(
     )
     native.run("krylov", "gmres", work, 16 * b.numel())
     most, mean = int(work.most), work.total / max(groups, 1)
-    return Run(y, residual, norms[0], norms[1], work.worst, work.longest, most, mean)
+    return Run(y, residual, norms[0], work.worst, work.longest, most, mean)
 
 
 def _lines(size: int) -> int:
