@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py f400 --data-dir DATA
     python benchmarks/steps.py f400 f64c5 --data-dir DATA --original path/to/IDE-FSNN --precision float32 exact fast \\
-        --variant "precision=fast compile=true" --warm-steps 300 --rounds 20 --output results/benchmarks/cpu
+        --variant "precision=fast solver=anderson" --warm-steps 300 --rounds 20 --output results/benchmarks/cpu
 
 A step is zero_grad, `F.cross_entropy(net(x), y).backward()`, `optimizer.step()` with network, optimizer and solver of
 the experiment's configuration, LIF neurons and dropout on, on weights that --warm-steps steps have trained (every
