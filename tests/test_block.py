@@ -266,7 +266,7 @@ def test_constrained_weight_is_computed_once_per_forward(training: bool) -> None
     calls, updates = [], []
     constraint.register_forward_hook(lambda *_: calls.append(1))
     update = constraint.update
-    constraint.update = lambda weight: (updates.append(1), update(weight))
+    constraint.update = lambda weight, **options: (updates.append(1), update(weight, **options))
     block(example_input("multilayer")).sum().backward()
     assert len(calls) == 1
     assert len(updates) == int(training)
