@@ -120,6 +120,8 @@ class FeedbackSNN(nn.Module):
             return self._attach(rates.last, moment.map, rates.mean_response)
 
     def _tell(self, rates: Rates) -> None:
+        if self._simulation_hooks:
+            rates = replace(rates, mean_response=None)  # the gradient overwrites it
         for hook in self._simulation_hooks.values():
             hook(rates)
 

@@ -60,7 +60,8 @@ class DenseMap:
         x, threads = y.new_empty(len(y), factor.size), torch.get_num_threads()
         together = max(1, min(TOGETHER, -(-len(y) // threads)))
         room = -(-together * factor.scratch_each // LINE) * LINE
-        pointers = (y.data_ptr(), x.data_ptr(), native.scratch(threads * room).data_ptr())
+        memory = native.scratch(threads * room)
+        pointers = (y.data_ptr(), x.data_ptr(), memory.data_ptr())
         work = _Product(ctypes.addressof(factor.work), len(y), together, *pointers, room, 0, 0)
         native.run("dense", "product", work, self.affine.weight.numel())
         return x

@@ -202,7 +202,10 @@ class EquilibriumMap:
             coupled: J mixes the samples of the batch.
         """
         native = self.path in EVENT_PATHS
-        factors = jacobian.transposed_factors() if native and isinstance(jacobian, AnalyticLinearisation) else None
+        factors = None
+        if native and not coupled and isinstance(jacobian, AnalyticLinearisation):
+            factors = jacobian.transposed_factors()
+        g = g if factors is None else channels_last(g)  # the order in memory that the kernels read
         return LinearProblem(jacobian.rmatvec, g, coupled, native, factors)
 
     @torch.no_grad()

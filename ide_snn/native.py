@@ -25,7 +25,7 @@ import torch
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
-# No contraction of a * b + c to one rounding: the kernels promise the rounding of the torch operations they replace.
+# No contraction of a * b + c to one rounding: kernels of elementwise operations have the rounding of torch's.
 FLAGS = (
     "-O3",
     "-march=native",

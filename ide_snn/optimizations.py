@@ -197,14 +197,17 @@ class SpectralMatrix(PowerIteration):
     def update(self, weight: Tensor, *, native: bool = False) -> None:
         matrix = self.matrix(weight)
         if native and spectral.fits(matrix, weight):
-            self._step = weight._version, torch.tensor(spectral.step_(matrix, self.u, self.v))
+            self._step = weight._version, weight.new_tensor(spectral.step_(matrix, self.u, self.v))
         else:
+            self._step = None
             super().update(weight)
 
     def take_step(self, weight: Tensor) -> tuple[Tensor | None, bool]:
         """(<u, M v>, True) once after a compiled update with this weight, else (None, False)."""
         step, self._step = self._step, None
-        return (None, False) if step is None or step[0] != weight._version else (step[1], True)
+        if step is None or step[0] != weight._version or not spectral.fits(self.matrix(weight), weight):
+            return None, False
+        return step[1], True
 
     def forward(self, weight: Tensor) -> Tensor:
         with without_autocast(weight.device.type):

@@ -69,7 +69,8 @@ class Rates:
         membranes: membrane potentials of every population at the end of each step, that is after reset and leak,
             [T, B, *]; empty unless recorded.
         mean_response: K_fb a_n + b of the feedback before its gain, [B, *], for the weighted rates a_n: the mean of its
-            responses to the single steps. None unless recorded, which only event-driven paths do.
+            responses to the single steps, with the weights of the simulation (on "events16" rounded). None unless
+            recorded, which only event-driven paths do.
         time_steps: T.
         path: how it was computed, see `simulate`.
     """

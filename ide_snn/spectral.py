@@ -32,8 +32,8 @@ class _Work(ctypes.Structure):
 
 
 def fits(matrix: Tensor, weight: Tensor) -> bool:
-    """True where the kernels can take the matrix [rows, columns] of a weight: a view of a contiguous one."""
-    is_view = weight.is_contiguous() and matrix.data_ptr() == weight.data_ptr()
+    """True where the kernels can take the matrix [rows, columns] of a weight: the same numbers in the same order."""
+    is_view = weight.is_contiguous() and matrix.is_contiguous() and matrix.data_ptr() == weight.data_ptr()
     is_plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
     return is_view and is_plain and native.why_unavailable("spectral") is None
 
@@ -47,7 +47,7 @@ def step_(matrix: Tensor, u: Tensor, v: Tensor) -> float:
 
 def pull(g: Tensor, matrix: Tensor, u: Tensor, v: Tensor, s: float, scale: float) -> tuple[Tensor, float]:
     """(scale (g - p u v^T), p) with p = <g, M> / s, for contiguous g [rows, columns]."""
-    (work, _sums), result = _work(matrix, u, v), torch.empty_like(matrix)
+    (work, _sums), result = _work(matrix, u, v), torch.empty(matrix.shape)
     work.g, work.result, work.s, work.scale = g.data_ptr(), result.data_ptr(), s, scale
     native.run("spectral", "pull", work, 3 * matrix.numel())
     return result, float(work.p)
@@ -110,7 +110,7 @@ class OfUnitNorm(torch.autograd.Function):
             result, p = pull(g.contiguous(), matrix, u, v, float(s), float(scale))
             return (
                 result.view(weight.shape),
-                alpha.new_tensor(p if abs(float(alpha.detach())) <= ctx.norm.bound else 0),
+                alpha.new_tensor(p if bool(alpha.detach().abs() <= ctx.norm.bound) else 0),
                 None,
             )
         p = torch.dot(g.flatten(), weight.flatten()) / s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -201,3 +202,37 @@ def test_a_solve_in_factors_is_that_with_products_of_the_batch(kind: str, tol: f
     assert found.outcome is expected.outcome is Outcome.converged
     torch.testing.assert_close(found.value, expected.value, rtol=0, atol=1e-5 if tol < 1e-5 else 2 * tol)
     assert found.value.stride() == expected.value.stride()
+
+
+def test_a_right_hand_side_in_any_order_in_memory() -> None:
+    block = warmed_up(small_block("conv", precision="exact")).float()
+    with torch.no_grad():
+        rates, f = block.linearisation_point(example_input("conv").float())
+    jacobian = f.linearise(rates, "running")
+    g = torch.randn(rates.shape, generator=torch.Generator().manual_seed(0)).contiguous()
+    v = solve(f.adjoint_problem(jacobian, g), Gmres(1e-3)).value
+    assert float((g + jacobian.rmatvec(v) - v).norm() / g.norm()) < 1e-3
+
+
+def test_the_gradient_of_a_solved_equilibrium_with_batch_norm() -> None:
+    gradients, x = [], example_input("multilayer").float()
+    reference = warmed_up(small_block("multilayer", solver=Gmres(1e-3))).float().eval()
+    for precision in ("float32", "exact"):
+        block = copy.deepcopy(reference)
+        block.precision = precision
+        value, _ = block.equilibrium(x)
+        weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+        (value * weights).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in block.parameters() if p.grad is not None]))
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < 5e-3
+
+
+def test_factors_are_for_what_their_kernels_can_read() -> None:
+    problem = in_factors([torch.eye(3)], [torch.full((2, 3), 0.5)], torch.ones(2, 3))
+    for wrong in (
+        replace(problem, coupled=True),
+        replace(problem, native=False),
+        replace(problem, rhs=problem.rhs.double()),
+    ):
+        with pytest.raises(ValueError, match="do not couple samples"):
+            solve(wrong, Gmres(1e-3))

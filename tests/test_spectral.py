@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ide_snn import native, spectral
-from ide_snn.optimizations import constrain, get_constraint, raw_weight, update_constraints
+from ide_snn.optimizations import PowerIteration, constrain, get_constraint, raw_weight, update_constraints
 
 REASON = native.why_unavailable("spectral")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")
@@ -50,7 +50,16 @@ def test_any_matrix_on_any_threads(rows: int, columns: int, seed: int, bound: fl
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("module", [nn.Conv2d(6, 20, 3, bias=False), nn.ConvTranspose2d(7, 9, 3, bias=False)], ids=str)
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(6, 20, 3, bias=False),
+        nn.ConvTranspose2d(7, 9, 3, bias=False),
+        nn.ConvTranspose2d(6, 3, 1, bias=False),  # whose matrix is a view, of other strides
+        nn.ConvTranspose2d(4, 4, 1, bias=False),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("constraint", ["spectral_matrix", "spectral_matrix_first_dim"])
 def test_weights_of_convolutions(module: nn.Module, constraint: str) -> None:
     assert_same_step(constrain(copy.deepcopy(module), constraint, bound=1.0))
@@ -79,3 +88,22 @@ def test_what_the_kernels_cannot_take() -> None:
         assert not spectral.fits(other.flatten(1), other)
     assert not spectral.fits(weight.transpose(0, 1).flatten(1), weight)
     assert spectral.fits(weight.flatten(1), weight)
+
+
+def test_a_step_is_that_of_these_vectors_and_this_type() -> None:
+    module = constrain(nn.Linear(30, 30, bias=False), "spectral_matrix", bound=0.5)
+    constraint = get_constraint(module)
+    assert isinstance(constraint, PowerIteration)
+    for change in (
+        lambda: constraint.converge(raw_weight(module).detach()),
+        lambda: update_constraints(module),
+        module.double,
+    ):
+        with torch.no_grad():
+            raw = raw_weight(module)
+            raw.add_(torch.randn(raw.shape, generator=torch.Generator().manual_seed(1)).to(raw))
+        update_constraints(module, native=True)
+        change()
+        s = torch.dot(constraint.u, raw_weight(module).detach() @ constraint.v)
+        expected = constraint.alpha.clamp(max=0.5) / s * raw_weight(module)
+        torch.testing.assert_close(module.weight, expected, rtol=1e-5, atol=1e-7)

@@ -105,7 +105,7 @@ class LinearProblem:
     coupled: True where A mixes samples of the batch; then there is one group.
     native: the solver may use compiled kernels (float32 on a CPU), and overwrite what `matvec` returns.
     factors: A as kernels that multiply samples one by one, the one that is applied first at the front; with `native`,
-        where A does not mix samples.
+        where A does not mix samples. They read `rhs` in its order in memory.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -267,6 +267,8 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
         at_once: AtOnce | None = getattr(solver, "at_once", None) if y0 is None else None
         run = None
         if problem.factors is not None and at_once is not None:
+            if problem.coupled or not problem.native or problem.rhs.dtype != torch.float32:
+                raise ValueError("factors are for problems that do not couple samples, with native=True, in float32")
             run, has_verdict = at_once(problem.factors, work.rows(problem.rhs))
             if has_verdict and run.worst <= solver.tol:
                 kept = (1.0, run.worst) if trace else None
