@@ -107,15 +107,15 @@ class FeedbackSNN(nn.Module):
 
     def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Rates of the last population [B, *]; `generator` is for the dropout masks."""
-        record = Record(spike_fraction=bool(self._simulation_hooks))
+        at_rates = isinstance(self.gradient, Implicit) and self.gradient.jacobian_at == "rate"
+        record = Record(spike_fraction=bool(self._simulation_hooks), mean_response=at_rates and torch.is_grad_enabled())
         if isinstance(self.gradient, Bptt):  # whose backward pass repeats products: in torch's settings, as they do
             rates, value = self._prepare(x, generator).through_time(self.gradient, record)
             self._tell(rates)
             return value
         with products_rounded(self.precision, x.device):
             moment = self._prepare(x, generator)
-            at_rates = isinstance(self.gradient, Implicit) and self.gradient.jacobian_at == "rate"
-            rates = moment.simulate(replace(record, mean_response=at_rates and torch.is_grad_enabled()))
+            rates = moment.simulate(record)
             self._tell(rates)
             return self._attach(rates.last, moment.map, rates.mean_response)
 

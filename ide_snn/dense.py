@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ide_snn import native
 from ide_snn.layers import Affine
-from ide_snn.solvers.vectors import LINE, Factor
+from ide_snn.solvers.vectors import Factor, lines
 
+# Samples that share each reading of the weight; their vectors fit the second-level cache.
 TOGETHER = 24
 
 
@@ -59,7 +60,7 @@ class DenseMap:
         y, factor = y.contiguous(), self.adjoint_factor(scale)
         x, threads = y.new_empty(len(y), factor.size), torch.get_num_threads()
         together = max(1, min(TOGETHER, -(-len(y) // threads)))
-        room = -(-together * factor.scratch_each // LINE) * LINE
+        room = lines(together * factor.scratch_each)
         memory = native.scratch(threads * room)
         pointers = (y.data_ptr(), x.data_ptr(), memory.data_ptr())
         work = _Product(ctypes.addressof(factor.work), len(y), together, *pointers, room, 0, 0)

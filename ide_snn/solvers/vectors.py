@@ -130,10 +130,10 @@ def gmres(
     groups, n, m, threads = len(b), b.shape[1], dimensions, torch.get_num_threads()
     together = max(1, min(max([factor.together for factor in factors]), -(-groups // threads)))
     room = (ctypes.c_int64 * 4)(
-        _lines(4 * (m + 1) * together * n),
-        _lines(8 * together * (m * m + 3 * m + 1)),
-        _lines(4 * together * max([factor.size for factor in factors])) if len(factors) > 1 else 0,
-        _lines(max([factor.scratch + together * factor.scratch_each for factor in factors])),
+        lines(4 * (m + 1) * together * n),
+        lines(8 * together * (m * m + 3 * m + 1)),
+        lines(4 * together * max([factor.size for factor in factors])) if len(factors) > 1 else 0,
+        lines(max([factor.scratch + together * factor.scratch_each for factor in factors])),
     )
     memory = native.scratch(threads * (room[0] + room[1] + 2 * room[2] + room[3]))
     links = (_Factor * len(factors))(
@@ -153,7 +153,7 @@ def gmres(
     return Run(y, residual, norms[0], work.worst, work.longest, most, mean)
 
 
-def _lines(size: int) -> int:
+def lines(size: int) -> int:
     """Bytes in whole lines."""
     return -(-size // LINE) * LINE
 
