@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,11 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ide_snn import event_driven
 from ide_snn.bptt import Bptt, Frames, through_time
+from ide_snn.compiled import CompiledSteps
 from ide_snn.equilibrium import EquilibriumMap
 from ide_snn.implicit import GRADIENTS, Gradient, Implicit, SolveHook, attach_gradient
 from ide_snn.kernels import available
 from ide_snn.layers import Connection, FixedConnection
-from ide_snn.neurons import NeuronParams, step_, time_average
+from ide_snn.neurons import NeuronParams, require_finite, step_, time_average
 from ide_snn.operators import Operator
 from ide_snn.precision import Precision, products_rounded, require_precision, why_no_tf32
 from ide_snn.simulation import Path, Rates, Record, simulate
@@ -53,6 +53,8 @@ class FeedbackSNN(nn.Module):
         input_has_time: inputs are [T, B, *] (spikes, frames) instead of a constant [B, *].
         check_input: refuse NaN and infinity in the input; costs one synchronisation per forward on a GPU.
         precision: how the simulation and the products of J are computed, see `ide_snn.precision`.
+        compile: prepare the training step once and then run it by a few calls, where that can be done
+            (`ide_snn.compiled`); the log says whether it is.
 
     Shapes: x [B, *] or [T, B, *] -> rates [B, *shape of the last population]; with `Bptt(output="spikes")` its spikes
     [T, B, *].
@@ -74,6 +76,7 @@ class FeedbackSNN(nn.Module):
         input_has_time: bool = False,
         check_input: bool = True,
         precision: Precision = "float32",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         require_precision(precision)
@@ -90,6 +93,8 @@ class FeedbackSNN(nn.Module):
         self.input_has_time = input_has_time
         self.check_input = check_input
         self.precision: Precision = precision
+        self.compile_ = compile
+        self._compiled = CompiledSteps()
         self._path_said: str | None = None
         self._solve_hooks: OrderedDict[int, SolveHook] = OrderedDict()
         self._simulation_hooks: OrderedDict[int, SimulationHook] = OrderedDict()
@@ -107,6 +112,10 @@ class FeedbackSNN(nn.Module):
 
     def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Rates of the last population [B, *]; `generator` is for the dropout masks."""
+        if self.compile_ and self.training and torch.is_grad_enabled():
+            value = self._compiled(self, x, generator)
+            if value is not None:
+                return value
         at_rates = isinstance(self.gradient, Implicit) and self.gradient.jacobian_at == "rate"
         record = Record(spike_fraction=bool(self._simulation_hooks), mean_response=at_rates and torch.is_grad_enabled())
         if isinstance(self.gradient, Bptt):  # whose backward pass repeats products: in torch's settings, as they do
@@ -255,7 +264,7 @@ class FeedbackSNN(nn.Module):
 
     def _prepare(self, x: Tensor, generator: torch.Generator | None) -> _Moment:
         dtype = self._parameter_dtype(x)
-        self._check(x, dtype)
+        self.check(x)
         input_shape = tuple(x.shape[2 if self.input_has_time else 1 :])
         shapes = self.population_shapes(input_shape)
         batch = x.shape[1 if self.input_has_time else 0]
@@ -271,8 +280,9 @@ class FeedbackSNN(nn.Module):
     def _parameter_dtype(self, x: Tensor) -> torch.dtype:
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
 
-    def _check(self, x: Tensor, expected: torch.dtype) -> None:
-        """Of the type that is `expected`, that of the parameters."""
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError for an input that the block cannot take, by its type, number of dimensions and values."""
+        expected = self._parameter_dtype(x)
         lead = "[T, B, ...]" if self.input_has_time else "[B, ...]"
         if x.dim() < (3 if self.input_has_time else 2):
             raise ValueError(f"input must have shape {lead}, got {list(x.shape)}")
@@ -290,10 +300,8 @@ class FeedbackSNN(nn.Module):
             )
         if not self.input_has_time and x.dtype != expected and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"input is {x.dtype} but the parameters are {expected}: convert with x.to({expected})")
-        if self.check_input and x.is_floating_point() and not _is_finite(x):
-            raise ValueError(
-                f"input has {int((~torch.isfinite(x)).sum())} values that are NaN or infinite: check its normalisation"
-            )
+        if self.check_input and x.is_floating_point():
+            require_finite(x)
 
 
 class _Moment:
@@ -360,12 +368,6 @@ class _Moment:
 
     def through_time(self, gradient: Bptt, record: Record) -> tuple[Rates, Tensor]:
         return through_time(gradient, self.map, self.frames, self.shapes, self.block.time_steps, record)
-
-
-def _is_finite(x: Tensor) -> bool:
-    """True where no number is NaN or infinite."""
-    # one pass says it of nearly every input; the sum of finite numbers may overflow
-    return math.isfinite(float(x.detach().sum())) or bool(torch.isfinite(x).all())
 
 
 def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:

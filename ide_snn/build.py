@@ -151,7 +151,9 @@ def build_model(config: Config) -> FeedbackClassifier | DSRClassifier:
     with _naming("precision"):
         require_precision(precision)
     with _naming("model"):
-        return network(shape, classes, **options(config.model), precision=precision, **parts, **common)
+        return network(
+            shape, classes, **options(config.model), precision=precision, compile=config.compile, **parts, **common
+        )
 
 
 def _build_dsr(config: Config, method: DSRConfig, shape: tuple[int, ...], common: dict[str, Any]) -> DSRClassifier:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ide_snn import native
 from ide_snn.layers import Affine
+from ide_snn.native import Stage
 from ide_snn.solvers.vectors import Factor, lines
 
 # Samples that share each reading of the weight; their vectors fit the second-level cache.
@@ -23,7 +24,7 @@ TOGETHER = 24
 
 class _Pack(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "blocks")),
         *((name, ctypes.c_void_p) for name in ("weight", "packed")),
         ("next", ctypes.c_int64),
     ]
@@ -57,25 +58,48 @@ class DenseMap:
 
     def adjoint(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
         """W^T (scale * y)."""
-        y, factor = y.contiguous(), self.adjoint_factor(scale)
-        x, threads = y.new_empty(len(y), factor.size), torch.get_num_threads()
-        together = max(1, min(TOGETHER, -(-len(y) // threads)))
-        room = lines(together * factor.scratch_each)
-        memory = native.scratch(threads * room)
-        pointers = (y.data_ptr(), x.data_ptr(), memory.data_ptr())
-        work = _Product(ctypes.addressof(factor.work), len(y), together, *pointers, room, 0, 0)
-        native.run("dense", "product", work, self.affine.weight.numel())
+        y, (outputs, inputs) = y.contiguous(), self.affine.weight.shape
+        assert y.shape[1:] == (outputs,)  # the kernel would read past it
+        x = y.new_empty(len(y), inputs)
+        self.adjoint_stage(y, x, scale).run()
         return x
 
+    def adjoint_stage(self, y: Tensor, x: Tensor, scale: Tensor | None = None, *, own_memory: bool = False) -> Stage:
+        """The kernel of x = W^T (scale * y) for contiguous tensors [B, out] and [B, in].
+
+        Args:
+            own_memory: with scratch memory of its own, to be run at any time.
+        """
+        factor, threads = self.adjoint_factor(scale), torch.get_num_threads()
+        together = max(1, min(TOGETHER, -(-len(y) // threads)))
+        room = lines(together * factor.scratch_each)
+        memory = torch.empty(threads * room, dtype=torch.uint8) if own_memory else native.scratch(threads * room)
+        pointers = (y.data_ptr(), x.data_ptr(), memory.data_ptr())
+        work = _Product(ctypes.addressof(factor.work), len(y), together, *pointers, room, 0, 0)
+        return Stage("dense", "product", work, self.affine.weight.numel(), (factor, y, x, memory))
+
     @functools.cached_property
+    def packing(self) -> Stage:
+        """The kernel that has packed W, for when the numbers of W have changed."""
+        stage, _ = self._packing
+        stage.run()
+        return stage
+
+    @property
     def _packed(self) -> Tensor:
         """W as blocks [outputs of W^T / columns][inputs of W^T][columns], zero behind the last output."""
+        self.packing  # noqa: B018  (at its first use)
+        return self._packing[1]
+
+    @functools.cached_property
+    def _packing(self) -> tuple[Stage, Tensor]:
         weight = self.affine.weight.contiguous()
         columns = int(native.library("dense").columns())
         inputs, outputs = weight.shape
-        packed = weight.new_empty(-(-outputs // columns), inputs, columns)
-        native.run("dense", "pack", _Pack(inputs, outputs, weight.data_ptr(), packed.data_ptr(), 0), packed.numel())
-        return packed
+        blocks = 2 * -(-outputs // (2 * columns))  # kernels may read two at a time
+        packed = weight.new_empty(blocks, inputs, columns)
+        work = _Pack(inputs, outputs, blocks, weight.data_ptr(), packed.data_ptr(), 0)
+        return Stage("dense", "pack", work, packed.numel(), (weight, packed)), packed
 
     def adjoint_factor(self, scale: Tensor | None) -> Factor:
         """y -> W^T (scale * y) of single samples, for solves."""
@@ -83,4 +107,4 @@ class DenseMap:
         packed, scale = self._packed, None if scale is None else scale.contiguous()
         work = _Dense(inputs, outputs, packed.data_ptr(), None if scale is None else scale.data_ptr())
         keep = (packed, scale)
-        return Factor("dense", "multiply", work, keep, outputs, TOGETHER, scratch_each=4 * inputs)
+        return Factor("dense", "multiply", work, keep, outputs, TOGETHER, scratch_each=8 * (inputs + 8))

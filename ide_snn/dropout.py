@@ -74,19 +74,35 @@ class VariationalDropout(nn.Module):
         channels_last = like.dim() == 4 and not like.is_contiguous()
         channels_last = channels_last and like.is_contiguous(memory_format=torch.channels_last)
         like = like.detach().permute(0, 2, 3, 1) if channels_last else like.detach()
-        key, first = self._place(len(like), like.device, generator)
-        gain, least = torch.empty_like(like), self._dropped - LEVELS // 2  # the smallest number that keeps its element
+        key, first = self.place(len(like), like.device, generator)
+        gain = torch.empty_like(like)
         if native and _is_plain(gain) and compiled.why_unavailable("elementwise") is None:
-            _fill(gain, int(key), first, least, 1 / self.keep)
+            self.draw_stage(gain, int(key), first).run()
         else:
             size = math.prod(like.shape[1:])
             bits = random_bits(key, first, (len(like), -(-size // PIECES)), like.device)
             pieces = bits.reshape(-1).view(torch.int16).view(len(like), PIECES * bits.shape[1])
-            mask = pieces[:, :size] >= least
+            mask = pieces[:, :size] >= self._least
             gain.copy_(mask.view(like.shape)).mul_(1 / self.keep)
         return gain.permute(0, 3, 1, 2) if channels_last else gain
 
-    def _place(self, samples: int, device: torch.device, generator: Generator | None) -> tuple[int | Tensor, int]:
+    @property
+    def drops(self) -> bool:
+        """False where masks are all ones, in training too."""
+        return self._dropped > 0
+
+    @property
+    def _least(self) -> int:
+        """The smallest 16 bits that keep their element."""
+        return self._dropped - LEVELS // 2
+
+    def draw_stage(self, gain: Tensor, key: int = 0, first: int = 0) -> compiled.Stage:
+        """The kernel that fills a contiguous float32 `gain` [B, *] on a CPU; `work` has key and first."""
+        size = gain.numel() // max(len(gain), 1)
+        work = _Gains(len(gain), size, 0, key, first, self._least, gain.data_ptr(), 1 / self.keep)
+        return compiled.Stage("elementwise", "gains", work, gain.numel(), (gain,))
+
+    def place(self, samples: int, device: torch.device, generator: Generator | None) -> tuple[int | Tensor, int]:
         """(key, number of the first sample) of the next mask."""
         if generator is None and self._source is not None:
             stream, index = self._source
@@ -188,13 +204,6 @@ class _Gains(ctypes.Structure):
 def _is_plain(gain: Tensor) -> bool:
     """True for what the compiled kernel can fill."""
     return gain.is_contiguous() and gain.dtype == torch.float32 and gain.device.type == "cpu"
-
-
-def _fill(gain: Tensor, key: int, first: int, least: int, kept: float) -> None:
-    """gain [B, *] = kept where its 16 bits are >= least, else 0; its samples are numbered from `first`."""
-    size = gain.numel() // max(len(gain), 1)
-    work = _Gains(len(gain), size, 0, key, first, least, gain.data_ptr(), kept)
-    compiled.run("elementwise", "gains", work, gain.numel())
 
 
 def random_bits(key: int | Tensor, first: int, size: tuple[int, int], device: torch.device) -> Tensor:

@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from ide_snn import native
 from ide_snn.layers import Affine
+from ide_snn.native import Stage
 from ide_snn.neurons import NeuronParams
 from ide_snn.operators import Operator
 from ide_snn.reach import Reach
@@ -77,10 +78,15 @@ class _Scratch(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, accumulators: int, events: int, positions: int) -> tuple[_Scratch, Tensor]:
-        """Room for every thread: for so many sums, events and positions; and the memory, which the caller keeps."""
+    def of(cls, accumulators: int, events: int, positions: int, *, own: bool = False) -> tuple[_Scratch, Tensor]:
+        """Room for every thread: for so many sums, events and positions; and the memory, which the caller keeps.
+
+        Args:
+            own: memory that nobody else uses, instead of that of `native.scratch`.
+        """
         scratch = cls.sizes(accumulators, events, positions)
-        memory = native.scratch(torch.get_num_threads() * scratch.size)
+        size = torch.get_num_threads() * scratch.size
+        memory = torch.empty(size, dtype=torch.uint8) if own else native.scratch(size)
         scratch.memory = memory.data_ptr()
         return scratch, memory
 
@@ -167,24 +173,25 @@ class EventConnection:
         self.at_once = min(self.blocks, STRETCH // self.block) * self.block
         # The unit of an output channel is so large that 16 bits hold the sum of any of its weights, each rounded.
         self.unit = affine.weight.new_empty(self.blocks * self.block) if levels else None
-        self.weight = self._packed(affine.weight, inputs_first=(operator.kind == "conv_transposed") != adjoint)
+        dtype, taps = torch.int16 if levels else affine.weight.dtype, self.reach.taps
+        self.weight = affine.weight.new_empty(self.blocks, taps, self.in_channels, self.block, dtype=dtype)
+        # the kernel that has packed the weight, for when its numbers have changed
+        self.packing = self._packing(affine.weight, inputs_first=(operator.kind == "conv_transposed") != adjoint)
+        self.packing.run()
         self.bias = None if adjoint or affine.bias is None else affine.bias.contiguous()
         self.gain = None if adjoint or affine.gain is None else channels_last(affine.gain)
 
-    def _packed(self, weight: Tensor, *, inputs_first: bool) -> Tensor:
-        """`weight` [out, in, taps], or [in, out, taps] with `inputs_first`, as the kernels read it."""
+    def _packing(self, weight: Tensor, *, inputs_first: bool) -> Stage:
+        """The kernel that packs `weight` [out, in, taps], or [in, out, taps] with `inputs_first`."""
         weight, taps = weight.contiguous(), self.reach.taps
         strides = (self.out_channels * taps, taps) if inputs_first else (taps, self.in_channels * taps)
-        dtype = weight.dtype if self.unit is None else torch.int16
-        packed = weight.new_empty(self.blocks, taps, self.in_channels, self.block, dtype=dtype)
-        targets = (packed, None, None) if self.unit is None else (None, packed, self.unit)
+        targets = (self.weight, None, None) if self.unit is None else (None, self.weight, self.unit)
         work = _Pack(
             *(taps, self.in_channels, self.out_channels, *strides, self.block, self.blocks, 0),
             *(_pointer(tensor) for tensor in (weight, *targets)),
             LEVELS,
         )
-        native.run("events", "pack", work, packed.numel())
-        return packed
+        return Stage("events", "pack", work, self.weight.numel(), (weight, self.weight, self.unit))
 
     def as_struct(self, reach: Reach, part: slice) -> _Connection:
         """For the samples `part` of the batch, with events that go where `reach` says."""
@@ -341,38 +348,46 @@ def advance(
         share: of a step in the first state's `response`, which takes up K s[1..T] + bias of the feedback, weighted as
             the rates are; 0 where further steps are to follow. Other states have no response.
     """
+    for stage in stages(connections, states, drive, neuron, steps, from_rest=from_rest, share=share):
+        stage.run()
+
+
+def stages(
+    connections: Sequence[EventConnection],
+    states: Sequence[State],
+    drive: Tensor,
+    neuron: NeuronParams,
+    steps: int,
+    *,
+    from_rest: bool = False,
+    share: float = 0,
+    own_memory: bool = False,
+) -> Iterator[Stage]:
+    """The kernels of `advance`, for parts of the batch.
+
+    Args:
+        own_memory: with scratch memory of their own, to be run at any time.
+    """
     drive = channels_last(drive)
     for part, items, reaches in _parts(drive.shape[0], connections):
         both = list(zip(connections, reaches, strict=True))
         slices = [_Slice(state, part) for state in states]
         links = (_Connection * len(connections))(*(connection.as_struct(reach, part) for connection, reach in both))
-        _advance(both, links, slices, drive[part], neuron, steps, items, from_rest, share)
-
-
-def _advance(
-    both: Sequence[tuple[EventConnection, Reach]],
-    links: ctypes.Array[_Connection],
-    states: Sequence[_Slice],
-    drive: Tensor,
-    neuron: NeuronParams,
-    steps: int,
-    items: int,
-    from_rest: bool,
-    share: float,
-) -> None:
-    populations = (_Population * len(states))(*(state.as_struct(items) for state in states))
-    accumulators = max(reach.out_positions * connection.at_once for connection, reach in both)
-    events = max(reach.in_positions * connection.in_channels for connection, reach in both)
-    scratch, _memory = _Scratch.of(accumulators, events, max(reach.in_positions for _, reach in both))
-    work = _Simulation(
-        ctypes.addressof(links),
-        ctypes.addressof(populations),
-        *(len(states), items, steps, 0, from_rest),
-        drive.data_ptr(),
-        *(neuron.v_threshold, neuron.leak, share),
-        scratch,
-    )
-    native.run("events", "simulate", work, steps * sum(state.u.numel() for state in states))
+        populations = (_Population * len(states))(*(state.as_struct(items) for state in slices))
+        accumulators = max(reach.out_positions * connection.at_once for connection, reach in both)
+        events = max(reach.in_positions * connection.in_channels for connection, reach in both)
+        positions = max(reach.in_positions for _, reach in both)
+        scratch, memory = _Scratch.of(accumulators, events, positions, own=own_memory)
+        work = _Simulation(
+            ctypes.addressof(links),
+            ctypes.addressof(populations),
+            *(len(states), items, steps, 0, from_rest),
+            drive[part].data_ptr(),
+            *(neuron.v_threshold, neuron.leak, share),
+            scratch,
+        )
+        elements = steps * sum(state.u.numel() for state in slices)
+        yield Stage("events", "simulate", work, elements, (links, populations, slices, connections, drive, memory))
 
 
 def _parts(batch: int, connections: Sequence[EventConnection]) -> Iterator[tuple[slice, int, tuple[Reach, ...]]]:

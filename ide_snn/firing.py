@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ide_snn import native
 from ide_snn.event_driven import State, channels_last, empty_channels_last
+from ide_snn.native import Stage
 
 
 class _Rate(ctypes.Structure):
@@ -50,10 +50,17 @@ def fire_(response: Tensor, gain: Tensor | None, drive: Tensor | None, threshold
     gain, drive = (None if t is None else channels_last(t) for t in (gain, drive))
     through = empty_channels_last(response.shape, response)
     slope = through if gain is None else empty_channels_last(response.shape, response)
-    pointers = [None if t is None else t.data_ptr() for t in (response, gain, drive, slope, through)]
-    work = _Slopes(response.numel(), 0, *pointers, threshold)
-    native.run("elementwise", "slopes", work, response.numel())
+    fire_stage(response, gain, drive, slope, through, threshold).run()
     return response, slope, through
+
+
+def fire_stage(
+    response: Tensor, gain: Tensor | None, drive: Tensor | None, slope: Tensor, through: Tensor, threshold: float
+) -> Stage:
+    """The kernel of `fire_`, for tensors that lie alike."""
+    tensors = (response, gain, drive, slope, through)
+    work = _Slopes(response.numel(), 0, *(None if t is None else t.data_ptr() for t in tensors), threshold)
+    return Stage("elementwise", "slopes", work, response.numel(), tensors)
 
 
 def fire(response: Tensor, gain: Tensor | None, drive: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
@@ -89,7 +96,16 @@ def weighted_rate(states: Sequence[State], total: float) -> Tensor:
     """`weighted` of the last population / total, NaN in samples where a membrane of any is NaN or infinite."""
     weighted = states[-1].weighted
     assert weighted is not None  # the rate that every simulation measures
-    result, samples = torch.empty_like(weighted), max(len(weighted), 1)
+    result = torch.empty_like(weighted)
+    rate_stage(states, total, result).run()
+    return result
+
+
+def rate_stage(states: Sequence[State], total: float, result: Tensor) -> Stage:
+    """The kernel of `weighted_rate`."""
+    weighted = states[-1].weighted
+    assert weighted is not None  # as above
+    samples = max(len(weighted), 1)
     membranes = np.array([state.u.data_ptr() for state in states], dtype=np.uintp)
     sizes = np.array([state.u.numel() // samples for state in states], dtype=np.int64)
     work = _Rate(
@@ -97,5 +113,5 @@ def weighted_rate(states: Sequence[State], total: float) -> Tensor:
         *(membranes.ctypes.data, sizes.ctypes.data, weighted.data_ptr(), result.data_ptr()),
         total,
     )
-    native.run("elementwise", "rate", work, weighted.numel() + sum(s.u.numel() for s in states))
-    return result
+    elements = weighted.numel() + sum(state.u.numel() for state in states)
+    return Stage("elementwise", "rate", work, elements, (*states, membranes, sizes, result))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -167,11 +167,16 @@ def _solved(
     """v with (I - J^T) v = g; tells the hooks, and everybody if it failed."""
     with products_rounded(f.precision, g.device), without_autocast(g.device.type):
         solution = solve(f.adjoint_problem(jacobian, g, coupled=coupled), solver)
+    report(solution, solver, hooks)
+    return solution.value
+
+
+def report(solution: Solution, solver: Solver, hooks: Iterable[SolveHook]) -> None:
+    """Tells the hooks of a solve, and everybody if it failed."""
     for hook in hooks:
         hook(solution)
     if solution.outcome is not Outcome.converged:
         warn_about(solution.outcome, solver)
-    return solution.value
 
 
 def warn_about(outcome: Outcome, solver: Solver) -> None:

@@ -49,6 +49,7 @@ class NetworkOptions:
         input_has_time: inputs are [T, B, C, H, W].
         check_input: refuse NaN and infinity in the input.
         precision: of the simulation and the products of J, see `ide_snn.precision`.
+        compile: prepare the training step once, see `ide_snn.compiled`.
         generator: draws the initial weights.
     """
 
@@ -63,6 +64,7 @@ class NetworkOptions:
     input_has_time: bool = False
     check_input: bool = True
     precision: Precision = "float32"
+    compile: bool = False
     generator: torch.Generator | None = None
 
     def connection(self, op: nn.Module) -> Connection:
@@ -94,6 +96,7 @@ class NetworkOptions:
             input_has_time=self.input_has_time,
             check_input=self.check_input,
             precision=self.precision,
+            compile=self.compile,
         )
 
 

@@ -16,7 +16,9 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ FLAGS = (
 FLAGS_OF = {"dense": ("-ffp-contract=fast",)}
 
 MOST_KEPT = 1 << 26  # bytes of scratch memory, per thread
+COUNTERS = ("next", "threads", "finished", "phases", "entered", "left")  # fields of works that kernels count in
 WORTH_THREADS = 1 << 16  # numbers: below, waking them costs more than they save
 
 
@@ -69,7 +72,8 @@ def library(name: str) -> ctypes.CDLL:
     compiler = _compiler()
     # machines that share a cache folder must not share code made for another processor
     flags = (*FLAGS, *FLAGS_OF.get(name, ()))
-    identity = "\n".join((source.read_text(), " ".join(flags), _version(compiler), _processor()))
+    texts = [path.read_text() for path in (source, *sorted(SOURCES.glob("*.h")))]
+    identity = "\n".join((*texts, " ".join(flags), _version(compiler), _processor()))
     target = cache_folder() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         _compile(compiler, flags, source, target)
@@ -117,6 +121,72 @@ def run(name: str, kernel: str, work: ctypes.Structure, elements: int) -> None:
     function(argument)
     for thread in others:
         thread.join()
+
+
+class _Stage(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("kernel", "work")),
+        *((name, ctypes.c_int64) for name in ("entered", "left")),
+        ("padding", ctypes.c_int64 * 4),
+    ]
+
+
+class _Counter(ctypes.Structure):
+    _fields_ = [("place", ctypes.c_void_p), ("size", ctypes.c_int64)]
+
+
+class _Sequence(ctypes.Structure):
+    _fields_ = [
+        *(("stages", ctypes.c_void_p), ("count", ctypes.c_int64)),
+        *(("counters", ctypes.c_void_p), ("counted", ctypes.c_int64)),
+    ]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A call of a kernel: `run` without running it. `keep` is what `work` points to."""
+
+    library: str
+    kernel: str
+    work: ctypes.Structure
+    elements: int
+    keep: tuple[Any, ...] = ()
+
+    def run(self) -> None:
+        run(self.library, self.kernel, self.work, self.elements)
+
+
+class Sequence:
+    """Stages to be run again and again, one after the other on threads that are woken once.
+
+    Their works keep their addresses. Before every run what kernels have counted in them is put back to 0.
+    """
+
+    def __init__(self, stages: Iterable[Stage]) -> None:
+        self._stages = tuple(stages)
+        links = (_Stage * len(self._stages))(
+            *[_Stage(address(stage.library, stage.kernel), ctypes.addressof(stage.work)) for stage in self._stages]
+        )
+        counting = (*(stage.work for stage in self._stages), *links)
+        found = [_Counter(*c) for work in counting for c in _counters(type(work), ctypes.addressof(work))]
+        counters = (_Counter * len(found))(*found)
+        self._work = _Sequence(ctypes.addressof(links), len(links), ctypes.addressof(counters), len(counters))
+        self._keep = links, counters
+        self._clear, self._elements = _kernel("sequence", "clear")[0], sum(stage.elements for stage in self._stages)
+
+    def run(self) -> None:
+        self._clear(ctypes.byref(self._work))
+        run("sequence", "sequence", self._work, self._elements)
+
+
+def _counters(kind: type[ctypes.Structure], place: int) -> Iterator[tuple[int, int]]:
+    """(address, bytes) of the fields that kernels count in, of a structure at `place`."""
+    for name, inner, *_ in kind._fields_:
+        field = getattr(kind, name)
+        if name in COUNTERS:
+            yield place + field.offset, field.size
+        elif issubclass(inner, ctypes.Structure):
+            yield from _counters(inner, place + field.offset)
 
 
 def scratch(size: int) -> torch.Tensor:
@@ -182,7 +252,7 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
-def _compile(compiler: str, flags: Sequence[str], source: Path, target: Path) -> None:
+def _compile(compiler: str, flags: Ordered[str], source: Path, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # into a file of its own, then renamed: two runs may compile at the same time

@@ -96,3 +96,12 @@ def sigma(z: Tensor) -> Tensor:
 def sigma_mask(z: Tensor) -> Tensor:
     """sigma'(z) as a bool tensor: True on [0, 1]."""
     return (z >= 0) & (z <= 1)
+
+
+def require_finite(x: Tensor) -> None:
+    """Raises ValueError where an input has NaN or infinity."""
+    # one pass says it of nearly every input; the sum of finite numbers may overflow
+    if not (math.isfinite(float(x.detach().sum())) or bool(torch.isfinite(x).all())):
+        raise ValueError(
+            f"input has {int((~torch.isfinite(x)).sum())} values that are NaN or infinite: check its normalisation"
+        )

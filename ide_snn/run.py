@@ -173,6 +173,8 @@ def _warn_about_idle_options(config: Config) -> None:
     idle = {"ide": {"surrogate"}, "bptt": {"gradient", "solver", "precision"}}
     idle["dsr"] = idle["ide"] | idle["bptt"]
     groups = idle[config.method.name] | ({"encoder"} if isinstance(config.dataset, EventDatasetConfig) else set())
+    if config.compile and config.method.name == "dsr":
+        log.warning("compile=true has no effect with method=dsr")
     chosen, default = config_to_dict(config), config_to_dict(load_config())
     for group in sorted(groups):
         if chosen[group] != default[group]:

@@ -249,6 +249,7 @@ class Config:
     device: str
     data_dir: str | None
     resume: str
+    compile: bool = False  # configurations saved before there was this lack it
 
 
 @dataclass(slots=True)

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ide_snn import native
+from ide_snn.native import Stage
 
 
 class _Phase(ctypes.Structure):
@@ -31,6 +31,14 @@ class _Work(ctypes.Structure):
     ]
 
 
+class _Scaled(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("size", "next")),
+        *((name, ctypes.c_void_p) for name in ("from_", "alpha", "to", "s")),
+        *((name, ctypes.c_double) for name in ("bound", "scale")),
+    ]
+
+
 def fits(matrix: Tensor, weight: Tensor) -> bool:
     """True where the kernels can take the matrix [rows, columns] of a weight: the same numbers in the same order."""
     is_view = weight.is_contiguous() and matrix.is_contiguous() and matrix.data_ptr() == weight.data_ptr()
@@ -40,24 +48,45 @@ def fits(matrix: Tensor, weight: Tensor) -> bool:
 
 def step_(matrix: Tensor, u: Tensor, v: Tensor) -> float:
     """v = M^T u / ||M^T u||, then u = M v / s with s = ||M v|| = <u, M v>, both in place; returns s."""
-    work, _sums = _work(matrix, u, v)
-    native.run("spectral", "step", work, 2 * matrix.numel())
-    return float(work.s)
+    stage = step_stage(matrix, u, v)
+    stage.run()
+    return float(stage.work.s)
 
 
 def pull(g: Tensor, matrix: Tensor, u: Tensor, v: Tensor, s: float, scale: float) -> tuple[Tensor, float]:
     """(scale (g - p u v^T), p) with p = <g, M> / s, for contiguous g [rows, columns]."""
-    (work, _sums), result = _work(matrix, u, v), torch.empty(matrix.shape)
-    work.g, work.result, work.s, work.scale = g.data_ptr(), result.data_ptr(), s, scale
-    native.run("spectral", "pull", work, 3 * matrix.numel())
-    return result, float(work.p)
+    result = torch.empty(matrix.shape)
+    stage = pull_stage(g, matrix, u, v, result)
+    stage.work.s, stage.work.scale = s, scale
+    stage.run()
+    return result, float(stage.work.p)
 
 
-def _work(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[_Work, NDArray[np.float64]]:
-    """The second points into memory that the caller keeps."""
+def step_stage(matrix: Tensor, u: Tensor, v: Tensor) -> Stage:
+    """`step_`, whose result is `work.s`."""
+    work, keep = _work(matrix, u, v)
+    return Stage("spectral", "step", work, 2 * matrix.numel(), keep)
+
+
+def scaled_stage(matrix: Tensor, alpha: Tensor, bound: float, step: Stage, result: Tensor) -> Stage:
+    """result = scale M with scale = clip(alpha, -bound, bound) / s for the s of `step`; `work.scale` is it."""
+    s = ctypes.addressof(step.work) + _Work.s.offset
+    work = _Scaled(matrix.numel(), 0, matrix.data_ptr(), alpha.data_ptr(), result.data_ptr(), s, bound, 0)
+    return Stage("spectral", "scaled", work, 2 * matrix.numel(), (matrix, alpha, step, result))
+
+
+def pull_stage(g: Tensor, matrix: Tensor, u: Tensor, v: Tensor, result: Tensor) -> Stage:
+    """`pull` for the `work.s` and `work.scale` that the caller sets, into `result`; p is `work.p`."""
+    work, keep = _work(matrix, u, v)
+    work.g, work.result = g.data_ptr(), result.data_ptr()
+    return Stage("spectral", "pull", work, 3 * matrix.numel(), (*keep, g, result))
+
+
+def _work(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[_Work, tuple[Any, ...]]:
+    """The second is what the first points to."""
     sums = np.empty(sum(matrix.shape))
     pointers = (matrix.data_ptr(), u.data_ptr(), v.data_ptr(), None, None, sums.ctypes.data)
-    return _Work(*matrix.shape, *pointers), sums
+    return _Work(*matrix.shape, *pointers), (matrix, u, v, sums)
 
 
 class MatrixNorm(Protocol):

@@ -4,95 +4,143 @@
  * result does not depend on how samples are put together, nor on the number of threads.
  */
 
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
 /* A tile of ROWS vectors and COLUMNS outputs, whose sums stay in registers. */
 #if defined(__AVX512F__)
-#define WIDTH 16
 #define ROWS 8
 #elif defined(__AVX__)
-#define WIDTH 8
 #define ROWS 6
 #else
-#define WIDTH 4
 #define ROWS 4
 #endif
 #define VECTORS 2
+#define FEW 192  /* inputs, of which two blocks fit the first-level cache */
+#define SPARSE 2 /* part of the inputs below which walking over them is faster: one row is read per input and sample */
 #define COLUMNS (VECTORS * WIDTH)
-
-typedef float Lanes __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 typedef struct {
     int64_t inputs, outputs;
-    const float *weight; /* [blocks][inputs][COLUMNS], zero behind the last output */
+    const float *weight; /* [blocks, an even number][inputs][COLUMNS], zero behind the last output */
     const float *scale;  /* [B][inputs] or NULL */
 } Dense;
 
 int64_t columns(void) { return COLUMNS; }
 
 typedef struct {
-    int64_t inputs, outputs;
+    int64_t inputs, outputs, blocks;
     const float *weight; /* [inputs][outputs] */
     float *packed;       /* as in Dense */
     int64_t next;        /* block to be taken by the next thread; starts at 0 */
 } Pack;
 
+/* to[0..n - 1] = from[0..n - 1]; a copy of constant size is a few instructions. */
+static inline void copy(float *to, const float *from, int64_t n) {
+    if (n == COLUMNS) memcpy(to, from, COLUMNS * sizeof(float));
+    else memcpy(to, from, n * sizeof(float));
+}
+
 void pack(Pack *w) {
-    for (int64_t b; (b = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) * COLUMNS < w->outputs;) {
-        int64_t left = w->outputs - b * COLUMNS, n = left < COLUMNS ? left : COLUMNS;
+    for (int64_t b; (b = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->blocks;) {
+        int64_t left = w->outputs - b * COLUMNS, n = left < 0 ? 0 : left < COLUMNS ? left : COLUMNS;
         const float *from = w->weight + b * COLUMNS;
         float *to = w->packed + b * w->inputs * COLUMNS;
         for (int64_t p = 0; p < w->inputs; p++, from += w->outputs, to += COLUMNS) {
-            memcpy(to, from, n * sizeof(float));
-            memset(to + n, 0, (COLUMNS - n) * sizeof(float));
+            if (n) copy(to, from, n);
+            for (int64_t j = n; j < COLUMNS; j++) to[j] = 0;
         }
     }
 }
 
-/* y[i][0..n - 1] = sum over p of x[i][p] * weight[p][0..n - 1] for i < rows, which is a constant. */
-static inline __attribute__((always_inline)) void tile(int rows, int64_t inputs, const float *x, const float *weight, int64_t n,
-                                                       float *const *y) {
+/* A sample's inputs: all of them, or where many are 0 the others and where their rows of a block of the weight begin. */
+typedef struct {
+    float *value;
+    int32_t *row; /* NULL: all inputs */
+    int64_t n;
+    float *y;
+} Row;
+
+/* y[i][0..n - 1] = sum over p of value[i][p] * weight[p][0..n - 1] for i < rows, which is a constant. */
+static inline __attribute__((always_inline)) void tile(int rows, int64_t inputs, const Row *const *x, const float *weight, int64_t b,
+                                                       int64_t n) {
     Lanes sum[ROWS][VECTORS] = {0};
+    const float *value[ROWS];
+    for (int i = 0; i < rows; i++) value[i] = x[i]->value;
     for (int64_t p = 0; p < inputs; p++, weight += COLUMNS)
-        for (int i = 0; i < rows; i++) {
-            float value = x[i * inputs + p];
-            for (int j = 0; j < VECTORS; j++) sum[i][j] += value * *(const Lanes *)(weight + j * WIDTH);
-        }
-    for (int i = 0; i < rows; i++) memcpy(y[i], sum[i], n * sizeof(float));
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < VECTORS; j++) sum[i][j] += value[i][p] * *(const Lanes *)(weight + j * WIDTH);
+    for (int i = 0; i < rows; i++) copy(x[i]->y + b * COLUMNS, (const float *)sum[i], n);
 }
 
-/* y[i] = (scale * x[i]) weight for the samples; scratch holds count * inputs numbers. */
+/* The same for one sample by its inputs that are not 0, for one or two blocks, which is a constant. */
+static inline __attribute__((always_inline)) void walk(int blocks, const Row *x, int64_t inputs, const float *weight, int64_t b, int64_t n) {
+    int sums = SUMS / blocks; /* that fit the registers */
+    Lanes part[SUMS][2 * VECTORS] = {0};
+    float *y = x->y + b * COLUMNS;
+    int64_t e = 0;
+    for (; e + sums <= x->n; e += sums)
+        for (int q = 0; q < sums; q++) {
+            float value = x->value[e + q];
+            for (int j = 0; j < blocks * VECTORS; j++)
+                part[q][j] += value * *(const Lanes *)(weight + x->row[e + q] + j / VECTORS * inputs * COLUMNS + j % VECTORS * WIDTH);
+        }
+    for (; e < x->n; e++) {
+        float value = x->value[e];
+        for (int j = 0; j < blocks * VECTORS; j++)
+            part[0][j] += value * *(const Lanes *)(weight + x->row[e] + j / VECTORS * inputs * COLUMNS + j % VECTORS * WIDTH);
+    }
+    for (int q = 1; q < sums; q++)
+        for (int j = 0; j < blocks * VECTORS; j++) part[0][j] += part[q][j];
+    if (n == blocks * COLUMNS)
+        for (int j = 0; j < blocks * VECTORS; j++) ((Lanes *)y)[j] = part[0][j];
+    else {
+        Lanes sum[2 * VECTORS]; /* whose address may be known */
+        for (int j = 0; j < blocks * VECTORS; j++) sum[j] = part[0][j];
+        memcpy(y, sum, n * sizeof(float));
+    }
+}
+
+/* Takes scale * x; where few are not 0 those alone. */
+static void take(Row *to, int64_t inputs, const float *x, const float *scale) {
+    to->n = compress(x, scale, inputs, COLUMNS, to->value, to->row);
+    if (to->n * SPARSE < inputs) return;
+    to->row = 0;
+    for (int64_t p = 0; p < inputs; p++) to->value[p] = scale ? x[p] * scale[p] : x[p];
+}
+
+/* y[i] = (scale * x[i]) weight for the samples; of scratch each takes inputs + 1 + SPARE numbers of 8 bytes. */
 void multiply(const Dense *k, char *scratch, int64_t count, const int64_t *samples, const float *const *x, float *const *y) {
-    float *scaled = (float *)scratch;
+    int64_t few = 0, many = 0;
+    Row rows[count];
+    const Row *sparse[count], *dense[count];
     for (int64_t i = 0; i < count; i++) {
-        float *to = scaled + i * k->inputs;
-        const float *scale = k->scale ? k->scale + samples[i] * k->inputs : 0;
-        for (int64_t p = 0; p < k->inputs; p++) to[p] = scale ? x[i][p] * scale[p] : x[i][p];
+        float *value = (float *)scratch + 2 * i * (k->inputs + 1 + SPARE);
+        rows[i] = (Row){value, (int32_t *)(value + k->inputs + 1 + SPARE), 0, y[i]};
+        take(rows + i, k->inputs, x[i], k->scale ? k->scale + samples[i] * k->inputs : 0);
+        if (rows[i].row) sparse[few++] = rows + i;
+        else dense[many++] = rows + i;
     }
     for (int64_t b = 0; b * COLUMNS < k->outputs; b++) {
         const float *weight = k->weight + b * k->inputs * COLUMNS;
         int64_t left = k->outputs - b * COLUMNS, n = left < COLUMNS ? left : COLUMNS;
-        for (int64_t i = 0; i < count; i += ROWS) {
-            float *to[ROWS];
-            const float *from = scaled + i * k->inputs;
-            int64_t rows = count - i < ROWS ? count - i : ROWS;
-            for (int64_t j = 0; j < rows; j++) to[j] = y[i + j] + b * COLUMNS;
-            switch (rows) {
-                case 1: tile(1, k->inputs, from, weight, n, to); break;
-                case 2: tile(2, k->inputs, from, weight, n, to); break;
-                case 3: tile(3, k->inputs, from, weight, n, to); break;
-                case 4: tile(4, k->inputs, from, weight, n, to); break;
+        if (k->inputs > FEW)
+            for (int64_t i = 0; i < few; i++) walk(1, sparse[i], k->inputs, weight, b, n);
+        else if (b % 2 == 0)
+            for (int64_t i = 0; i < few; i++) walk(2, sparse[i], k->inputs, weight, b, left < 2 * COLUMNS ? left : 2 * COLUMNS);
+        for (int64_t i = 0; i < many; i += ROWS) switch (many - i < ROWS ? many - i : ROWS) {
+                case 1: tile(1, k->inputs, dense + i, weight, b, n); break;
+                case 2: tile(2, k->inputs, dense + i, weight, b, n); break;
+                case 3: tile(3, k->inputs, dense + i, weight, b, n); break;
+                case 4: tile(4, k->inputs, dense + i, weight, b, n); break;
 #if ROWS > 4
-                case 5: tile(5, k->inputs, from, weight, n, to); break;
-                case 6: tile(6, k->inputs, from, weight, n, to); break;
+                case 5: tile(5, k->inputs, dense + i, weight, b, n); break;
+                case 6: tile(6, k->inputs, dense + i, weight, b, n); break;
 #endif
 #if ROWS > 6
-                case 7: tile(7, k->inputs, from, weight, n, to); break;
-                case 8: tile(8, k->inputs, from, weight, n, to); break;
+                case 7: tile(7, k->inputs, dense + i, weight, b, n); break;
+                case 8: tile(8, k->inputs, dense + i, weight, b, n); break;
 #endif
             }
-        }
     }
 }
 

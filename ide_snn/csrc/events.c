@@ -14,22 +14,12 @@
  */
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
+
+#include "vectors.h"
 
 #define LANES 16 /* channels are padded to a multiple of it */
-#define SUMS 4   /* of the same neurons, side by side */
 #define STRETCH 512 /* neurons updated at a time: what a step reads and writes of them stays in the first-level cache */
 
-/* One register. Wider vectors than the processor has would go through memory. */
-#if defined(__AVX512F__)
-#define WIDTH 16
-#elif defined(__AVX__)
-#define WIDTH 8
-#else
-#define WIDTH 4
-#endif
-typedef float Lanes __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int16_t Levels __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
 
@@ -90,39 +80,23 @@ static inline void close_position(Events *events, int64_t p, int32_t n) {
 }
 
 static void collect_spikes(const uint8_t *spikes, int64_t positions, int64_t channels, Events *events) {
-    int32_t n = 0;
+    int64_t n = 0;
     events->first[0] = 0;
     events->active = 0;
-    for (int64_t p = 0; p < positions; p++, spikes += channels) {
-        int64_t c = 0;
-        for (; c + 8 <= channels; c += 8) {
-            uint64_t eight;
-            memcpy(&eight, spikes + c, 8);
-            if (!eight) continue;
-            for (int k = 0; k < 8; k++) { /* without branches: spikes come at random */
-                events->channel[n] = (int32_t)(c + k);
-                n += spikes[c + k];
-            }
-        }
-        for (; c < channels; c++)
-            if (spikes[c]) events->channel[n++] = (int32_t)c;
-        close_position(events, p, n);
+    for (int64_t p = 0; p < positions; p++) {
+        n += compress_bytes(spikes + p * channels, channels, events->channel + n);
+        close_position(events, p, (int32_t)n);
     }
 }
 
 static void collect_values(const float *x, const float *scale, int64_t positions, int64_t channels, Events *events) {
-    int32_t n = 0;
+    int64_t n = 0;
     events->first[0] = 0;
     events->active = 0;
     for (int64_t p = 0; p < positions; p++) {
-        for (int64_t c = 0; c < channels; c++) {
-            int64_t at = p * channels + c;
-            float value = scale ? x[at] * scale[at] : x[at];
-            events->channel[n] = (int32_t)c;
-            events->value[n] = value;
-            n += value != 0; /* true for NaN */
-        }
-        close_position(events, p, n);
+        int64_t at = p * channels;
+        n += compress(x + at, scale ? scale + at : 0, channels, 1, events->value + n, events->channel + n);
+        close_position(events, p, (int32_t)n);
     }
 }
 

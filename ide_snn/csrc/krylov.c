@@ -4,19 +4,8 @@
  */
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-#define WIDTH 16
-#elif defined(__AVX__)
-#define WIDTH 8
-#else
-#define WIDTH 4
-#endif
-#define SUMS 4 /* independent partial sums hide the latency of an addition */
-
-typedef float Lanes __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef double Wide __attribute__((vector_size(8 * WIDTH)));
 
 typedef struct {

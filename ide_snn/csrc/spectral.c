@@ -5,20 +5,11 @@
  */
 
 #include <math.h>
-#include <stdint.h>
 
-#if defined(__AVX512F__)
-#define WIDTH 16
-#elif defined(__AVX__)
-#define WIDTH 8
-#else
-#define WIDTH 4
-#endif
-#define SUMS 4   /* independent partial sums hide the latency of an addition */
+#include "vectors.h"
+
 #define CHUNK 64 /* columns, or 16 rows */
 #define ROWS 16
-
-typedef float Lanes __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 typedef struct {
     int64_t next, done; /* chunks taken and finished; start at 0 */
@@ -114,4 +105,27 @@ void pull(Work *w) {
             for (int64_t j = 0; j < columns; j++) to[j] = scale * (g[j] - share * v[j]);
         }
     if (!__atomic_exchange_n(&w->phases[0].padding[0], 1, __ATOMIC_RELAXED)) w->p = p;
+}
+
+typedef struct {
+    int64_t size;
+    int64_t next;       /* chunk to be taken by the next thread; starts at 0 */
+    const float *from, *alpha;
+    float *to;
+    const double *s;
+    double bound;
+    double scale;       /* result */
+} Scaled;
+
+#define SHARE 8192 /* numbers that a thread takes at a time */
+
+/* to = scale * from with scale = clip(alpha, -bound, bound) / s. */
+void scaled(Scaled *w) {
+    float bound = (float)w->bound, alpha = w->alpha[0];
+    float scale = (alpha < -bound ? -bound : alpha > bound ? bound : alpha) / (float)*w->s;
+    for (int64_t i; (i = SHARE * __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->size;) {
+        int64_t n = w->size - i < SHARE ? w->size - i : SHARE;
+        for (int64_t j = 0; j < n; j++) w->to[i + j] = scale * w->from[i + j];
+        if (!i) w->scale = scale;
+    }
 }

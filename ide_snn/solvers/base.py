@@ -89,6 +89,12 @@ class Solution:
     outcome: Outcome
     stats: SolveStats
 
+    @classmethod
+    def of(cls, run: Run, value: Tensor, trace: tuple[float, ...] | None = None) -> Solution:
+        """The verdict where all groups of a run are solved."""
+        stats = SolveStats(run.most, run.most, run.mean, torch.from_numpy(run.norm), trace)
+        return cls(value, Outcome.converged, stats)
+
     @property
     def message(self) -> str:
         """One sentence for a person."""
@@ -271,9 +277,7 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
                 raise ValueError("factors are for problems that do not couple samples, with native=True, in float32")
             run, has_verdict = at_once(problem.factors, work.rows(problem.rhs))
             if has_verdict and run.worst <= solver.tol:
-                kept = (1.0, run.worst) if trace else None
-                stats = SolveStats(run.most, run.most, run.mean, torch.from_numpy(run.norm), kept)
-                return Solution(work.unrows(run.y), Outcome.converged, stats)
+                return Solution.of(run, work.unrows(run.y), (1.0, run.worst) if trace else None)
         if work.native:
             rhs, unit, norm = rescaled(work.rows(problem.rhs))
             scaled = Workspace(replace(problem, rhs=work.unrows(rhs)))

@@ -50,9 +50,13 @@ class Gmres:
             )
         return _Restarted(self, work)
 
+    def terms(self, dtype: torch.dtype) -> Terms:
+        """What follows from the tolerance for numbers of this type."""
+        return Terms(self.tol, torch.finfo(dtype).eps)
+
     def at_once(self, factors: tuple[Factor, ...], b: Tensor) -> tuple[Run, bool]:
         """(the first run for v = b + A v, A in factors, in one call; True where the verdict can be on its residual)."""
-        terms = Terms(self.tol, torch.finfo(b.dtype).eps)
+        terms = self.terms(b.dtype)
         run = gmres(factors, b, terms, min(self.restart, self.max_steps))
         return run, terms.trust(run)
 
@@ -61,7 +65,7 @@ class _Restarted:
     def __init__(self, settings: Gmres, work: Workspace) -> None:
         self.settings = settings
         self.work = work
-        self.terms = Terms(settings.tol, torch.finfo(work.problem.start.dtype).eps)
+        self.terms = settings.terms(work.problem.start.dtype)
 
     def first(self, b: Tensor, budget: int) -> Advance:
         return self._run(None, b, budget)

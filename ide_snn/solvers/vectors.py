@@ -127,30 +127,68 @@ def gmres(
         start: [G, N]; None: 0.
         rhs: what norms are relative to, [G]; None: ||b||.
     """
-    groups, n, m, threads = len(b), b.shape[1], dimensions, torch.get_num_threads()
-    together = max(1, min(max([factor.together for factor in factors]), -(-groups // threads)))
-    room = (ctypes.c_int64 * 4)(
-        lines(4 * (m + 1) * together * n),
-        lines(8 * together * (m * m + 3 * m + 1)),
-        lines(4 * together * max([factor.size for factor in factors])) if len(factors) > 1 else 0,
-        lines(max([factor.scratch + together * factor.scratch_each for factor in factors])),
-    )
-    memory = native.scratch(threads * (room[0] + room[1] + 2 * room[2] + room[3]))
-    links = (_Factor * len(factors))(
-        *[_Factor(native.address(f.library, f.kernel), ctypes.addressof(f.work), f.size) for f in factors]
-    )
-    y, residual = torch.empty_like(b), torch.empty_like(b)
-    norms, used = np.empty((2, groups)), np.empty(groups, dtype=np.int64)
-    at = norms.ctypes.data
-    work = _Solve(
-        *(groups, n, together, m, terms.passes, ctypes.addressof(links), len(factors)),
-        *(b.data_ptr(), None if start is None else start.data_ptr(), y.data_ptr(), residual.data_ptr()),
-        *(None if rhs is None else rhs.ctypes.data, at, at + 8 * groups, used.ctypes.data),
-        *(terms.enough, terms.noise, memory.data_ptr(), room),
-    )
-    native.run("krylov", "gmres", work, 16 * b.numel())
-    most, mean = int(work.most), work.total / max(groups, 1)
-    return Run(y, residual, norms[0], work.worst, work.longest, most, mean)
+    prepared = PreparedGmres(factors, len(b), b.shape[1], terms, dimensions)
+    prepared.take(b, start, rhs)
+    prepared.stage.run()
+    return prepared.result()
+
+
+class PreparedGmres:
+    """The kernel of `gmres` for right-hand sides [groups, n]: `take`, run `stage`, `result`.
+
+    Args:
+        own_memory: with scratch memory of its own, to be run at any time.
+    """
+
+    def __init__(
+        self,
+        factors: tuple[Factor, ...],
+        groups: int,
+        n: int,
+        terms: Terms,
+        dimensions: int,
+        *,
+        own_memory: bool = False,
+    ) -> None:
+        m, threads = dimensions, torch.get_num_threads()
+        most = max([factor.together for factor in factors])
+        turns = -(-groups // (most * threads))  # of every thread
+        together = max(1, -(-groups // (max(turns, 1) * threads)))
+        room = (ctypes.c_int64 * 4)(
+            lines(4 * (m + 1) * together * n),
+            lines(8 * together * (m * m + 3 * m + 1)),
+            lines(4 * together * max([factor.size for factor in factors])) if len(factors) > 1 else 0,
+            lines(max([factor.scratch + together * factor.scratch_each for factor in factors])),
+        )
+        size = threads * (room[0] + room[1] + 2 * room[2] + room[3])
+        memory = torch.empty(size, dtype=torch.uint8) if own_memory else native.scratch(size)
+        links = (_Factor * len(factors))(
+            *[_Factor(native.address(f.library, f.kernel), ctypes.addressof(f.work), f.size) for f in factors]
+        )
+        work = _Solve(
+            *(groups, n, together, m, terms.passes, ctypes.addressof(links), len(factors)),
+            *((None,) * 8),
+            *(terms.enough, terms.noise, memory.data_ptr(), room),
+        )
+        self.stage = native.Stage("krylov", "gmres", work, 16 * groups * n, (factors, links, memory))
+        self._work = work
+
+    def take(self, b: Tensor, start: Tensor | None = None, rhs: Array | None = None) -> None:
+        """What `gmres` is given, for the next run."""
+        work, groups = self._work, self._work.groups
+        y, residual = torch.empty_like(b), torch.empty_like(b)
+        norms, used = np.empty((2, groups)), np.empty(groups, dtype=np.int64)
+        at = norms.ctypes.data
+        work.b, work.y, work.residual = b.data_ptr(), y.data_ptr(), residual.data_ptr()
+        work.start, work.rhs = (None if start is None else start.data_ptr()), (None if rhs is None else rhs.ctypes.data)
+        work.norm, work.length, work.dimensions = at, at + 8 * groups, used.ctypes.data
+        self._now = y, residual, norms, (b, start, rhs, used)
+
+    def result(self) -> Run:
+        y, residual, norms, _ = self._now
+        work = self._work
+        mean = work.total / max(work.groups, 1)
+        return Run(y, residual, norms[0], work.worst, work.longest, int(work.most), mean)
 
 
 def lines(size: int) -> int:
