@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from _common import synchronize
 from torch import Tensor
 from ways import WAYS, Way
@@ -194,7 +195,19 @@ def links_of(model: FeedbackClassifier, x: Tensor, gradient: Tensor) -> list[Lin
     for name, connection, source, target in chain:
         links.append(Link(name, *_fixed(connection), spikes[source], rates[source], gradients[target]))
     image = seen["x"].contiguous()
-    return [Link("input", *_fixed(block.input), image, image, gradients[0], recurrent=False), *links]
+    operator, weight = _fixed(block.input)
+    y = _through_batch_norm(block.input, operator.apply(image, weight), gradients[0])
+    return [Link("input", operator, weight, image, image, y, recurrent=False), *links]
+
+
+def _through_batch_norm(connection: Connection, y: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient of y = K x from that behind batch norm by the batch, which leaves no number 0."""
+    if connection.bn is None:
+        return gradient
+    with torch.enable_grad():
+        leaf = y.detach().requires_grad_()
+        normalised = F.batch_norm(leaf, None, None, connection.bn.weight.detach(), None, True)
+    return torch.autograd.grad(normalised, leaf, gradient)[0]
 
 
 def _fixed(connection: Connection) -> tuple[Operator, Tensor]:

@@ -88,7 +88,7 @@ class CompiledSteps:
         self._said: str | None = None
 
     def __call__(self, block: FeedbackSNN, x: Tensor, generator: Generator | None) -> Tensor | None:
-        """The rates of a training forward with their gradient; None where the step is not compiled, which the log says."""
+        """The rates of a training forward with their gradient; None where it is not compiled, which the log says."""
         key = _circumstances(block, x)
         plan = self._plans.get(key)
         if plan is None:
@@ -124,7 +124,7 @@ class CompiledSteps:
 
 
 def _path_or_reason(block: FeedbackSNN, x: Tensor) -> str:
-    """The path of the simulation where the training step of `block` for inputs like x can be compiled, else the reason."""
+    """The path of the simulation where the training step for inputs like x can be compiled, else the reason."""
     stage, feedback = block.input, block.feedback
     if len(block.layers) or stage.operator is None or feedback.operator is None:
         return "it is for one population between linear layers"
@@ -253,7 +253,7 @@ class _Parts:
 
 
 class _Plan:
-    """The step for one size of batch, with the buffers that it needs; as many as there are forwards without a backward."""
+    """The step for one size of batch, with as many buffers as there are forwards without a backward at a time."""
 
     def __init__(self, parts: _Parts, batch: int) -> None:
         self.parts, self.batch = parts, batch
@@ -416,7 +416,7 @@ class _Slot:
             to_raw = self.to_weight.clone()
         else:
             constraint = cast(SpectralMatrix, self.parts.constraint)
-            inside = abs(float(constraint.alpha)) <= constraint.bound
+            inside = abs(float(constraint.alpha.detach())) <= constraint.bound
             to_alpha = constraint.alpha.new_tensor(self.pull.work.p if inside else 0)
         to_gamma, to_beta, to_b_in, to_b = vectors
         to_x = self.to_y.mm(self.parts.w_in) if needed[0] else None

@@ -387,7 +387,8 @@ def stages(
             scratch,
         )
         elements = steps * sum(state.u.numel() for state in slices)
-        yield Stage("events", "simulate", work, elements, (links, populations, slices, connections, drive, memory))
+        keep = (links, populations, slices, both, drive, memory)
+        yield Stage("events", "simulate", work, elements, keep)
 
 
 def _parts(batch: int, connections: Sequence[EventConnection]) -> Iterator[tuple[slice, int, tuple[Reach, ...]]]:

@@ -157,6 +157,16 @@ static inline __attribute__((always_inline)) void walk_levels(const Connection *
             int32_t p = events->pairs[2 * i], e = events->first[p], end = events->first[p + 1];
             Levels *y = (Levels *)(acc + events->pairs[2 * i + 1] * block), sum[block / (2 * WIDTH)];
             for (int64_t j = 0; j < block / (2 * WIDTH); j++) sum[j] = y[j];
+            if (block == 32 && end - e >= 2 * SUMS) {
+                Levels part[SUMS][32 / (2 * WIDTH)] = {0}; /* as above */
+                for (; e + SUMS <= end; e += SUMS)
+                    for (int64_t q = 0; q < SUMS; q++) {
+                        const Levels *row = (const Levels *)(rows + events->channel[e + q] * block);
+                        for (int64_t j = 0; j < block / (2 * WIDTH); j++) part[q][j] += row[j];
+                    }
+                for (int64_t q = 0; q < SUMS; q++)
+                    for (int64_t j = 0; j < block / (2 * WIDTH); j++) sum[j] += part[q][j];
+            }
             for (; e < end; e++) {
                 const Levels *row = (const Levels *)(rows + events->channel[e] * block);
                 for (int64_t j = 0; j < block / (2 * WIDTH); j++) sum[j] += row[j];

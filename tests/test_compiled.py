@@ -1,0 +1,428 @@
+"""compile=True: a fully connected block has the same training step when it is compiled, and says where it is not."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from networks import LIF, example_input, small_block, warmed_up
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from ide_snn import Anderson, Connection, FeedbackSNN, Gmres, NeuronParams, SNNIDEFCNet, native
+from ide_snn.bptt import Bptt
+from ide_snn.config import load_config
+from ide_snn.dropout import VariationalDropout
+from ide_snn.models import initialise
+from ide_snn.normalization import batch_norms
+from ide_snn.optimizations import get_constraint
+from ide_snn.run import train
+from ide_snn.solvers import Outcome, SolverWarning
+
+REASON = next(filter(None, map(native.why_unavailable, ("events", "features", "sequence"))), None)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")
+
+
+def block(
+    features: int = 37,
+    inputs: int = 21,
+    *,
+    batch_norm: bool = True,
+    dropout: float = 0.3,
+    constraint: str = "spectral_matrix",
+    bias: bool = True,
+    feedback_bias: bool = False,
+    compile: bool = True,
+    **options: Any,
+) -> FeedbackSNN:
+    generator = torch.Generator().manual_seed(3)
+    ops = nn.Linear(inputs, features, bias=bias), nn.Linear(features, features, bias=feedback_bias)
+    for op in ops:
+        initialise(op, generator)
+        if op.bias is not None:
+            nn.init.uniform_(op.bias, -0.2, 0.2, generator=generator)
+    feedback = Connection(ops[1], dropout=dropout, constraint=constraint, bound=1.0, generator=generator)
+    chosen = {"neuron": LIF, "time_steps": 6, "solver": Gmres(1e-3), "precision": "exact", **options}
+    stage = Connection(ops[0], batch_norm=batch_norm, dropout=dropout)
+    return FeedbackSNN(input=stage, feedback=feedback, compile=compile, **chosen)
+
+
+def images(samples: int = 9, inputs: int = 21) -> Tensor:
+    return 3 * torch.randn(samples, inputs, generator=torch.Generator().manual_seed(4))
+
+
+def step(net: FeedbackSNN, x: Tensor, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """(rates, gradients by name) of a training step with a loss that is not symmetric in the samples."""
+    net.zero_grad()
+    rates = net(x, generator=torch.Generator().manual_seed(seed))
+    (rates * torch.linspace(-1, 2, rates.numel()).view_as(rates)).sum().backward()
+    return rates.detach(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    for name, tensor in expected.items():
+        # the bias in front of batch norm has the gradient 0 but for rounding
+        scale = max(float(tensor.abs().max()), 0.02 * largest)
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def is_compiled(net: FeedbackSNN) -> bool:
+    return any(not isinstance(plan, str) for plan in net._compiled._plans.values())
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as the paper": {},
+    "fast": {"precision": "fast", "solver": Gmres(1e-2)},
+    "without batch norm": {"batch_norm": False},
+    "without dropout": {"dropout": 0.0},
+    "unconstrained": {"constraint": "none"},
+    "biases": {"feedback_bias": True},
+    "no bias": {"bias": False, "batch_norm": False, "constraint": "none", "dropout": 0.0},
+    "IF": {"neuron": NeuronParams(1.5, 1.0)},
+    "first dimension": {"constraint": "spectral_matrix_first_dim"},
+    "restarts": {"solver": Gmres(1e-5, restart=2, max_steps=60)},
+    "tight": {"solver": Gmres(1e-6)},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_three_steps_are_those_that_are_not_compiled(variant: str) -> None:
+    plain, compiled = (block(compile=on, **VARIANTS[variant]) for on in (False, True))
+    optimizers = [torch.optim.SGD(net.parameters(), 0.1, 0.9) for net in (plain, compiled)]
+    for seed in range(3):
+        (expected, gradients), (rates, found) = (step(net, images(), seed) for net in (plain, compiled))
+        torch.testing.assert_close(rates, expected, rtol=0, atol=1e-6)
+        assert_close(found, gradients)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert is_compiled(compiled)
+    assert not is_compiled(plain)
+    for (name, buffer), (_, expected) in zip(compiled.named_buffers(), plain.named_buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    samples=st.integers(4, 140),  # batch norm of two leaves digits only
+    features=st.integers(1, 70),
+    inputs=st.integers(1, 40),
+    precision=st.sampled_from(["exact", "fast"]),
+    batch_norm=st.booleans(),
+)
+def test_sizes_of_all_kinds(samples: int, features: int, inputs: int, precision: str, batch_norm: bool) -> None:
+    found = []
+    for on in (False, True):
+        net = block(features, inputs, precision=precision, batch_norm=batch_norm, compile=on, time_steps=3)
+        found.append(step(net, images(samples, inputs)))
+    (expected, gradients), (rates, compiled) = found
+    # a membrane that stands at the threshold to the last bit may fire or not
+    same = (rates - expected).abs().amax(1) < 1e-6
+    assert same.float().mean() > 0.9
+    if same.all():
+        assert_close(compiled, gradients)
+
+
+def test_alpha_inside_its_bound_has_its_gradient() -> None:
+    found = []
+    for on in (False, True):
+        net = block(compile=on)
+        with torch.no_grad():
+            get_constraint(net.feedback.op).alpha.fill_(-0.6)
+        found.append(step(net, images())[1])
+    assert found[0]["feedback.op.parametrizations.weight.0.alpha"].abs() > 1e-3
+    assert_close(found[1], found[0])
+
+
+def test_the_input_has_its_gradient() -> None:
+    found = []
+    for on in (False, True):
+        x = images().requires_grad_()
+        step(block(compile=on), x)
+        found.append({"x": x.grad})
+    assert_close(found[1], found[0])
+
+
+def test_forwards_before_a_backward_keep_what_they_need() -> None:
+    net, inputs = block(), [images(), images().flip(0) / 2]
+    apart = []
+    for number, x in enumerate(inputs):
+        twin = block()
+        for earlier in range(number):  # the constraint and batch norm have moved on
+            twin(inputs[earlier], generator=torch.Generator().manual_seed(0))
+        apart.append(step(twin, x)[1])
+    both = [net(x, generator=torch.Generator().manual_seed(0)) for x in inputs]
+    weights = torch.linspace(-1, 2, both[0].numel()).view_as(both[0])
+    for number in (1, 0):
+        net.zero_grad()
+        (both[number] * weights).sum().backward()
+        assert_close({n: p.grad for n, p in net.named_parameters() if p.grad is not None}, apart[number])
+
+
+def test_a_second_backward_through_a_kept_graph_gives_the_same() -> None:
+    net = block()
+    loss = net(images()).square().sum()
+    loss.backward(retain_graph=True)
+    first = {name: p.grad.clone() for name, p in net.named_parameters()}
+    net.zero_grad()
+    loss.backward()
+    assert all(torch.equal(p.grad, first[name]) for name, p in net.named_parameters())
+
+
+def test_rates_are_the_users_own() -> None:
+    found = []
+    for on in (False, True):
+        net = block(compile=on)
+        rates = net(images(), generator=torch.Generator().manual_seed(0))
+        rates.mul_(2)
+        rates.sum().backward()
+        found.append({name: p.grad for name, p in net.named_parameters()})
+    assert_close(found[1], found[0])
+
+
+def test_a_weight_changed_before_the_backward_is_an_error() -> None:
+    for name in ("input.op.weight", "feedback.op.parametrizations.weight.original"):
+        net = block()
+        rates = net(images())
+        with torch.no_grad():
+            net.get_parameter(name).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            rates.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::ide_snn.solvers.SolverWarning")
+def test_a_solve_that_fails_is_said_and_is_the_same() -> None:
+    found, outcomes = [], []
+    for on in (False, True):
+        net = block(compile=on, solver=Gmres(1e-6, max_steps=2), constraint="none")
+        net.register_solve_hook(lambda solution: outcomes.append(solution.outcome))
+        with pytest.warns(SolverWarning):
+            found.append(step(net, images())[1])
+    assert outcomes == [Outcome.max_steps] * 2
+    assert_close(found[1], found[0])
+
+
+def test_hooks_are_told_of_solves() -> None:
+    told: list[list[Any]] = [[], []]
+    for on in (False, True):
+        net = block(compile=on)
+        net.register_solve_hook(told[on].append)
+        step(net, images())
+    (plain,), (compiled,) = told
+    assert compiled.outcome is plain.outcome is Outcome.converged
+    assert compiled.stats.products == plain.stats.products
+    torch.testing.assert_close(compiled.value, plain.value, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(compiled.stats.residual, plain.stats.residual, rtol=1e-2, atol=1e-7)
+
+
+CHANGES: dict[str, Any] = {
+    "time steps": lambda net: setattr(net, "time_steps", 2),
+    "neuron": lambda net: setattr(net, "neuron", NeuronParams(1.0, 0.5)),
+    "tolerance": lambda net: setattr(net, "solver", Gmres(1e-1)),
+    "precision": lambda net: setattr(net, "precision", "fast"),
+    "dropout": lambda net: setattr(net.feedback.dropout, "p", 0.6),
+    "no dropout": lambda net: setattr(net.input, "dropout", VariationalDropout(0.0)),
+    "dropout off": lambda net: net.input.dropout.eval(),
+    "momentum": lambda net: setattr(net.input.bn, "momentum", 0.5),
+    "no batch norm": lambda net: setattr(net.input, "bn", None),
+    "batch norm off": lambda net: net.input.bn.eval(),
+    "other weights": lambda net: setattr(net.input.op, "weight", nn.Parameter(-net.input.op.weight.detach())),
+    "weights in place": lambda net: net.input.op.weight.data.mul_(-1),
+    "other data": lambda net: setattr(net.input.op.weight, "data", -net.input.op.weight.data),
+    "loaded": lambda net: net.load_state_dict({k: v * 0.9 for k, v in net.state_dict().items()}),
+    "hook": lambda net: net.input.bn.register_forward_hook(lambda _m, _i, y: y * 2),
+    "frozen": lambda net: net.feedback.eval(),
+    "other solver": lambda net: setattr(net, "solver", Anderson(1e-4, max_steps=100)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_between_steps_are_seen(change: str) -> None:
+    found = []
+    for on in (False, True):
+        net = block(compile=on)
+        step(net, images())
+        CHANGES[change](net)
+        found.append(step(net, images()))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-6)
+    assert_close(found[1][1], found[0][1])
+
+
+def test_few_plans_are_kept() -> None:
+    net = block()
+    for samples in range(2, 12):
+        step(net, images(samples))
+    assert len(net._compiled._plans) == 4
+    plan = next(iter(net._compiled._plans.values()))
+    assert len(plan.free) == 1  # buffers come back, and there are no more than were needed at a time
+
+
+def test_evaluation_and_no_grad_are_not_compiled() -> None:
+    net, plain = block(), block(compile=False)
+    for other in (net, plain):
+        other.eval()
+    assert torch.equal(net(images()), plain(images()))
+    for other in (net, plain):
+        other.train()
+    with torch.no_grad():
+        found = [other(images(), generator=torch.Generator().manual_seed(1)) for other in (net, plain)]
+    assert torch.equal(*found)
+    assert not is_compiled(net)
+
+
+def test_threads_do_not_change_the_numbers() -> None:
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(step(block(200, 90, precision="fast"), images(150, 90)))
+    finally:
+        torch.set_num_threads(1)
+    for rates, gradients in found[1:]:
+        torch.testing.assert_close(rates, found[0][0], rtol=0, atol=1e-6)
+        # but for torch's product of the input stage the order of sums is the same
+        assert_close(gradients, found[0][1])
+
+
+def test_copies_work_on_their_own() -> None:
+    net = block()
+    step(net, images())
+    expected = step(block_at(net), images())
+    other = copy.deepcopy(net)
+    assert not is_compiled(other)
+    rates, gradients = step(other, images())
+    assert is_compiled(other)
+    assert torch.equal(rates, expected[0])
+    assert_close(gradients, expected[1])
+    unconstrained = block(constraint="none")  # torch pickles no parametrized module
+    step(unconstrained, images())
+    file = io.BytesIO()
+    torch.save(unconstrained, file)
+    file.seek(0)
+    assert_close(step(torch.load(file, weights_only=False), images(), 5)[1], step(unconstrained, images(), 5)[1])
+
+
+def block_at(net: FeedbackSNN) -> FeedbackSNN:
+    """A new block, not compiled, with the state of another."""
+    other = block(compile=False)
+    other.load_state_dict(net.state_dict())
+    return other
+
+
+def test_input_that_is_not_finite_is_one_error_and_changes_nothing() -> None:
+    net = block()
+    step(net, images())
+    before = copy.deepcopy(net.state_dict())
+    x = images()
+    x[2, 3] = torch.nan
+    with pytest.raises(ValueError, match="1 values that are NaN or infinite"):
+        net(x)
+    with pytest.raises(ValueError, match=r"input must have shape \[B, ...\]"):
+        net(x[0])
+    with pytest.raises(ValueError, match="does not fit the network"):
+        net(images()[:, :5])
+    with pytest.raises(ValueError, match=r"convert with x.to\(torch.float32\)"):
+        net(images().double())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    unchecked = block(check_input=False)
+    rates = unchecked(x)  # batch norm spreads it over the batch
+    assert rates.isnan().all()
+
+
+def own(op: nn.Module) -> FeedbackSNN:
+    net = block(constraint="none")
+    net.input.op = op
+    return net
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "conv": (lambda: warmed_up(small_block("conv", precision="exact")).float(), "fully connected"),
+    "layers": (lambda: warmed_up(small_block("multilayer", precision="exact")).float(), "one population"),
+    "float32": (lambda: block(precision="float32"), "take exact or fast"),
+    "anderson": (lambda: block(solver=Anderson()), "solver gmres"),
+    "bptt": (lambda: block(gradient=Bptt(), precision="float32"), "implicit differentiation"),
+    "float64": (lambda: block().double(), "float32 on a CPU"),
+    "frobenius": (lambda: block(constraint="frobenius"), "spectral_matrix"),
+    "own weight": (lambda: own(parametrizations.weight_norm(nn.Linear(21, 37))), "parametrized"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_compiled_is_said_once_and_works(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    make, reason = REFUSED[name]
+    net = make()
+    net.compile_ = True
+    x = example_input(name if name == "conv" else "multilayer") if name in ("conv", "layers") else images()
+    x = x.to(next(net.parameters()).dtype)
+    with caplog.at_level(logging.INFO, "ide_snn.compiled"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", SolverWarning)
+        for _ in range(2):
+            net(x).sum().backward()
+    (said,) = [record for record in caplog.records if record.name == "ide_snn.compiled"]
+    assert said.message.startswith("compile=True: no effect (")
+    assert reason in said.message
+    assert said.levelno == logging.WARNING
+
+
+def test_batch_norm_over_several_processes_is_not_compiled() -> None:
+    net = block()
+    for norm in batch_norms(net):
+        norm.__dict__["forward"] = norm.forward  # as `normalization.synchronised` does it
+    step(net, images())
+    assert not is_compiled(net)
+
+
+def test_a_batch_of_one_meets_torchs_own_error() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        block()(images(1))
+    assert block(batch_norm=False)(images(1)).shape == (1, 37)
+
+
+def test_compiled_steps_train_the_classifier_as_others_do() -> None:
+    losses: list[list[float]] = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        net = SNNIDEFCNet((1, 8, 8), 10, hidden=64, precision="exact", compile=on, solver=Gmres(1e-3), time_steps=5)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+        generator = torch.Generator().manual_seed(1)
+        x, y = torch.randn(64, 1, 8, 8, generator=generator), torch.randint(0, 10, (64,), generator=generator)
+        losses.append([])
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(x, generator=generator), y)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(float(loss.detach()))
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-3, atol=1e-4)
+    assert losses[1][-1] < losses[1][0]
+
+
+def test_from_the_configuration_to_the_result(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny = [
+        *("model.hidden=32", "time_steps=3", "dataset.train_limit=300", "dataset.test_limit=100"),
+        *("trainer.epochs=2", "trainer.threads=null", "trainer.progress=false", "device=cpu", "precision=exact"),
+    ]
+    results = []
+    for text in ("false", "true"):
+        config = load_config([*tiny, f"compile={text}"])
+        with caplog.at_level(logging.INFO, "ide_snn"):
+            results.append(train(config, tmp_path / text))
+    assert "the training step is compiled" in caplog.text
+    plain, compiled = (result.history[-1] if hasattr(result, "history") else result for result in results)
+    assert compiled.test_accuracy_best == pytest.approx(plain.test_accuracy_best, abs=0.03)
+    assert (tmp_path / "true" / "config.yaml").read_text().count("compile: true") == 1
+    with pytest.raises(Exception, match="compile"):
+        load_config(["compile=perhaps"])
+    saved = replace(load_config(tiny))
+    assert saved.compile is False
