@@ -1,80 +1,63 @@
-"""The training step of a fully connected block as a few calls of kernels that are prepared once (`compile=True`).
+"""Which training steps are prepared once and then run by a few calls (`compile=true`), see `ide_snn.prepared_step`.
 
-A step of a small network spends much of its time between kernels: in Python, in autograd, in waking threads. For blocks
-of one fully connected population, whose derivative is known by hand, everything is laid out when a batch of that size
-is first seen: buffers, weights' packed copies, the arguments of the kernels. A step then runs them, between the three
-products that torch computes:
-
-    W_fb = clip(alpha, -c, c) W / ||W||, packed, and the dropout gains g_in, g_fb        1 call
-    y = x W_in^T + b_in                                                                  torch
-    Xbar = g_in BN(y), the simulation's rates a,
-    slope = g_fb sigma'(z) / V_th, through = sigma'(z) / V_th                            1 call
-        at z = (g_fb (W_fb a + b_fb) + Xbar) / V_th
-    (I - J^T) v = dL/da, J = slope W_fb                                                  1 call
-    d = slope v, e = through g_in v, BN's derivative of e                                1 call
-    dL/dW_fb = d^T a, dL/dW_in = (dL/dy)^T x                                             torch
-    dL/dW and dL/dalpha from dL/dW_fb                                                    1 call
-
-Vectors are [B, N]. The numbers are those of the step that is not compiled, up to the rounding of batch norm's sums.
-Float32 on a CPU. Source: Xiao et al., NeurIPS 2021, sections 4.2 to 4.4.
+A plan is made for a block, a size of batch and everything else that it depends on; before every step this is compared.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
-from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
-from ide_snn import event_driven, native, spectral
-from ide_snn.dense import DenseMap
-from ide_snn.dropout import VariationalDropout
-from ide_snn.equilibrium import AnalyticLinearisation
-from ide_snn.event_driven import EventConnection
-from ide_snn.firing import fire_stage, rate_stage
-from ide_snn.implicit import Implicit, SolveHook, report
-from ide_snn.layers import Affine, FixedConnection
-from ide_snn.native import Sequence, Stage
+from ide_snn import native
+from ide_snn.implicit import Implicit, SolveHook
+from ide_snn.layers import Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, require_finite
 from ide_snn.operators import Operator
 from ide_snn.optimizations import SpectralMatrix, get_constraint, raw_weight
+from ide_snn.precision import Precision
+from ide_snn.prepared_step import Parts, Plan
 from ide_snn.simulation import EVENT_PATHS, Path
-from ide_snn.solvers import Gmres, LinearProblem, Solution, solve
-from ide_snn.solvers.vectors import PreparedGmres
-
-if TYPE_CHECKING:
-    from ide_snn.block import FeedbackSNN
+from ide_snn.solvers import Gmres, Solver
 
 log = logging.getLogger(__name__)
 
 MOST_PLANS = 4  # sizes of batches and other settings whose buffers are kept
 
 
-class _Forward(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("samples", "features", "next")),
-        *((name, ctypes.c_void_p) for name in ("x", "gain", "gamma", "beta", "mean", "scale")),
-        *((name, ctypes.c_void_p) for name in ("running_mean", "running_var")),
-        *((name, ctypes.c_double) for name in ("eps", "momentum")),
-        ("drive", ctypes.c_void_p),
-    ]
+class Block(Protocol):
+    """What is needed of a `FeedbackSNN`."""
 
+    input: Connection
+    layers: nn.ModuleList
+    feedback: Connection
+    neuron: NeuronParams
+    solver: Solver
+    gradient: Any
+    input_has_time: bool
+    check_input: bool
+    precision: Precision
+    _modules: dict[str, nn.Module | None]
+    _solve_hooks: OrderedDict[int, SolveHook]
+    _simulation_hooks: OrderedDict[int, Any]
 
-class _Backward(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("samples", "features", "next")),
-        *((name, ctypes.c_void_p) for name in ("v", "slope", "through", "x", "gain", "gamma", "mean", "scale")),
-        *((name, ctypes.c_void_p) for name in ("to_response", "to_x", "to_gamma", "to_beta")),
-        *((name, ctypes.c_void_p) for name in ("to_bias", "to_feedback_bias")),
-    ]
+    @property
+    def time_steps(self) -> int: ...
+
+    def check(self, x: Tensor) -> None: ...
+
+    def path_for(self, links: Sequence[FixedConnection], device: torch.device) -> Path: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
 
 
 class CompiledSteps:
@@ -84,33 +67,35 @@ class CompiledSteps:
     """
 
     def __init__(self) -> None:
-        self._plans: OrderedDict[tuple[Any, ...], _Plan | str] = OrderedDict()
+        self._plans: OrderedDict[tuple[Any, ...], tuple[Plan | str, _Watch]] = OrderedDict()
         self._said: str | None = None
 
-    def __call__(self, block: FeedbackSNN, x: Tensor, generator: Generator | None) -> Tensor | None:
+    def __call__(self, block: Block, x: Tensor, generator: Generator | None) -> Tensor | None:
         """The rates of a training forward with their gradient; None where it is not compiled, which the log says."""
-        key = _circumstances(block, x)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self._make(block, x)
+        key = (
+            *(x.shape, x.dtype, x.device, x.is_contiguous(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")),
+            *(block.precision, block.neuron, block.time_steps, block.solver, block.gradient, block.input_has_time),
+            *(bool(block._simulation_hooks), len(block.layers)),
+        )
+        found = self._plans.get(key)
+        if found is None or not found[1].is_as_it_was():
+            found = self._plans[key] = self._make(block, x), _Watch(block)
             if len(self._plans) > MOST_PLANS:
                 self._plans.popitem(last=False)
+        plan, _ = found
         if isinstance(plan, str):
             return None
         if block.check_input:
             require_finite(x)
-        lease = _Lease(plan)
-        lease.slot.draw(len(x), x.device, generator)
-        rates: Tensor = _Step.apply(lease, tuple(block._solve_hooks.values()), x, *plan.parts.parameters)
-        return rates
+        return plan.step(x, generator, tuple(block._solve_hooks.values()))
 
-    def _make(self, block: FeedbackSNN, x: Tensor) -> _Plan | str:
+    def _make(self, block: Block, x: Tensor) -> Plan | str:
         """The plan, or why there is none."""
         block.check(x)
         found = _path_or_reason(block, x)
         if found in EVENT_PATHS:
             self._say(logging.INFO, "compile=True: the training step is compiled")
-            return _Plan(_Parts.of(block, cast(Path, found)), len(x))
+            return Plan(_parts(block, cast(Path, found)), len(x))
         self._say(logging.WARNING, f"compile=True: no effect ({found})")
         return found
 
@@ -123,7 +108,7 @@ class CompiledSteps:
         return CompiledSteps, ()
 
 
-def _path_or_reason(block: FeedbackSNN, x: Tensor) -> str:
+def _path_or_reason(block: Block, x: Tensor) -> str:
     """The path of the simulation where the training step for inputs like x can be compiled, else the reason."""
     stage, feedback = block.input, block.feedback
     if len(block.layers) or stage.operator is None or feedback.operator is None:
@@ -155,7 +140,7 @@ def _why_not_constraint(op: nn.Module) -> str | None:
     constraint = get_constraint(op)
     if constraint is None:
         return "the feedback has a parametrization of its own" if parametrize.is_parametrized(op) else None
-    if not isinstance(constraint, SpectralMatrix) or len(op.parametrizations["weight"]) != 1:  # type: ignore[index,arg-type]
+    if not isinstance(constraint, SpectralMatrix) or len(op.parametrizations["weight"]) != 1:  # type: ignore[index]
         return "of constraints, it knows spectral_matrix"
     return None
 
@@ -170,7 +155,7 @@ def _why_not_batch_norm(bn: nn.Module | None, samples: int) -> str | None:
     return None if samples > 1 else "batch norm of one sample"
 
 
-def _path_or_reason_of_kernels(block: FeedbackSNN, x: Tensor) -> str:
+def _path_or_reason_of_kernels(block: Block, x: Tensor) -> str:
     if block.precision == "float32":
         return "precision=float32 is torch's own operations: take exact or fast"
     tensors = (x, *block.parameters(), *(t for t in block.buffers() if t.is_floating_point()))
@@ -187,261 +172,57 @@ def _path_or_reason_of_kernels(block: FeedbackSNN, x: Tensor) -> str:
     return next(filter(None, reasons), path)
 
 
-def _circumstances(block: FeedbackSNN, x: Tensor) -> tuple[Any, ...]:
-    """What a plan depends on, to be compared before every step."""
-    # torch's way to a module's parts takes ten times as long
-    parts = [block._modules["input"], block._modules["feedback"]]
-    inner = [module for part in parts if part is not None for module in part._modules.values() if module is not None]
-    norms = [(bn.eps, bn.momentum, "forward" in bn.__dict__) for bn in inner if isinstance(bn, nn.BatchNorm1d)]
-    return (
-        *(x.shape, x.dtype, x.device, x.is_contiguous(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")),
-        *(block.precision, block.neuron, block.time_steps, block.solver, block.gradient, block.input_has_time),
-        *(bool(block._simulation_hooks), len(block.layers), *norms),
-        *[(module.training, len(module._forward_hooks), len(module._forward_pre_hooks)) for module in inner],
-        *[module.p for module in inner if isinstance(module, VariationalDropout)],
-        *[tensor.data_ptr() for module in inner for tensor in _tensors(module)],
+class _Watch:
+    """What a plan depends on, to be compared before every step: quickly, so by torch's own containers."""
+
+    def __init__(self, block: Block) -> None:
+        self._owners: list[tuple[dict[str, Any], str, Any]] = []  # who is where
+        self._modules: list[nn.Module] = []
+        self._look_at(block, ("input", "feedback"))
+        self._state, self._addresses = self._now(), self._addresses_now()
+
+    def _look_at(self, module: nn.Module, names: Iterable[str]) -> None:
+        for name in names:
+            inner = module._modules[name]
+            self._owners.append((module._modules, name, inner))
+            if inner is not None:
+                self._modules.append(inner)
+                for tensors in (inner._parameters, inner._buffers):
+                    self._owners += [(tensors, key, tensor) for key, tensor in tensors.items()]
+                self._look_at(inner, inner._modules)
+
+    def is_as_it_was(self) -> bool:
+        return (
+            all(owner.get(name) is what for owner, name, what in self._owners)
+            and self._state == self._now()
+            and self._addresses == self._addresses_now()
+        )
+
+    def _now(self) -> list[Any]:
+        state: list[Any] = []
+        for module in self._modules:
+            own = module.__dict__
+            state += (own["training"], len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), "forward" in own)
+            state += (own.get("p"), own.get("eps"), own.get("momentum"), len(own["_modules"]), len(own["_parameters"]))
+        return state
+
+    def _addresses_now(self) -> list[int]:
+        return [what.data_ptr() for _, _, what in self._owners if isinstance(what, Tensor)]
+
+
+def _parts(block: Block, path: Path) -> Parts:
+    stage, feedback = block.input, block.feedback
+    return Parts(
+        w_in=cast(Tensor, stage.op.weight),
+        b_in=cast("Tensor | None", stage.op.bias),
+        bn=cast("nn.BatchNorm1d | None", stage.bn),
+        w=raw_weight(feedback.op),
+        b=cast("Tensor | None", feedback.op.bias),
+        constraint=cast("SpectralMatrix | None", get_constraint(feedback.op)),
+        dropouts=(stage.dropout, feedback.dropout),
+        operator=cast(Operator, feedback.operator),
+        neuron=block.neuron,
+        time_steps=block.time_steps,
+        solver=cast(Gmres, block.solver),
+        path=path,
     )
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, whose addresses the works of a plan hold."""
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None:
-            yield tensor
-    for inner in module._modules.values():
-        if inner is not None:
-            yield from _tensors(inner)
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What a step is of."""
-
-    w_in: Tensor
-    b_in: Tensor | None
-    bn: nn.BatchNorm1d | None
-    w: Tensor  # of the feedback, unconstrained
-    b: Tensor | None
-    constraint: SpectralMatrix | None
-    dropouts: tuple[VariationalDropout, VariationalDropout]  # of the input stage and the feedback
-    operator: Operator  # of the feedback
-    neuron: NeuronParams
-    time_steps: int
-    solver: Gmres
-    path: Path
-
-    @classmethod
-    def of(cls, block: FeedbackSNN, path: Path) -> _Parts:
-        stage, feedback, constraint = block.input.op, block.feedback.op, get_constraint(block.feedback.op)
-        return cls(
-            *(
-                cast(Tensor, stage.weight),
-                cast("Tensor | None", stage.bias),
-                cast("nn.BatchNorm1d | None", block.input.bn),
-            ),
-            *(raw_weight(feedback), cast("Tensor | None", feedback.bias), cast("SpectralMatrix | None", constraint)),
-            (block.input.dropout, block.feedback.dropout),
-            cast(Operator, block.feedback.operator),
-            *(block.neuron, block.time_steps, cast(Gmres, block.solver), path),
-        )
-
-    @property
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        bn, constraint = self.bn, self.constraint
-        of_bn = (None, None) if bn is None else (bn.weight, bn.bias)
-        return self.w_in, self.b_in, *of_bn, self.w, None if constraint is None else constraint.alpha, self.b
-
-
-class _Plan:
-    """The step for one size of batch, with as many buffers as there are forwards without a backward at a time."""
-
-    def __init__(self, parts: _Parts, batch: int) -> None:
-        self.parts, self.batch = parts, batch
-        self.free: list[_Slot] = []
-
-    def take(self) -> _Slot:
-        return self.free.pop() if self.free else _Slot(self.parts, self.batch)
-
-
-class _Lease:
-    """Buffers as long as a graph needs them."""
-
-    def __init__(self, plan: _Plan) -> None:
-        self.plan, self.slot = plan, plan.take()
-
-    def __del__(self) -> None:
-        self.plan.free.append(self.slot)
-
-
-@dataclass
-class _State:
-    """The population, see `event_driven.State`."""
-
-    u: Tensor
-    spikes: Tensor
-    weighted: Tensor | None
-    response: Tensor | None
-    count: Tensor | None = None
-
-
-class _Slot:
-    """Buffers of one step, and the works of its kernels, which hold their addresses. All vectors are [B, N]."""
-
-    def __init__(self, parts: _Parts, batch: int) -> None:
-        self.parts = parts
-        features = len(parts.w_in)
-
-        def vector() -> Tensor:
-            return torch.empty(batch, features)
-
-        self.y, self.drive, self.rates, self.to_y, self.slope = (vector() for _ in range(5))
-        self.mean, self.scale = torch.empty(features), torch.empty(features)
-        self.gains = [vector() if dropout.drops else None for dropout in parts.dropouts]
-        self.through = self.slope if self.gains[1] is None else vector()
-        self.to_response = torch.empty(features, batch)  # transposed, as a product takes it
-        self.to_weight = torch.empty(features, features)  # of the weight in use
-        weighing = self._lay_out_weight()
-        affine = Affine(parts.operator, self.weight, parts.b, 1, self.gains[1], (features,))
-        self._lay_out_forward(weighing, affine)
-        self._lay_out_backward(affine, batch)
-
-    def _lay_out_weight(self) -> list[Stage]:
-        """The stages that compute the weight in use."""
-        constraint, raw, self.pull = self.parts.constraint, self.parts.w.detach(), None
-        self.weight = raw
-        if constraint is None:
-            return []
-        self.weight = torch.empty(raw.shape)
-        self.step = spectral.step_stage(raw, constraint.u, constraint.v)
-        self.scaled = spectral.scaled_stage(raw, constraint.alpha, constraint.bound, self.step, self.weight)
-        self.u, self.v = constraint.u.clone(), constraint.v.clone()  # those of this step: the next one changes them
-        self.pull = spectral.pull_stage(self.to_weight, raw, self.u, self.v, self.to_weight)
-        return [self.step, self.scaled]
-
-    def _lay_out_forward(self, weighing: list[Stage], affine: Affine) -> None:
-        neuron, steps, (of_input, of_feedback) = self.parts.neuron, self.parts.time_steps, self.gains
-        connection = EventConnection(affine, levels=self.parts.path == "events16")
-        self.draws = [
-            None if gain is None else dropout.draw_stage(gain)
-            for gain, dropout in zip(self.gains, self.parts.dropouts, strict=True)
-        ]
-        self.first = Sequence([*weighing, connection.packing, *filter(None, self.draws)])
-        response, total = torch.empty_like(self.y), neuron.total_weight(steps)
-        u, spikes, weighted = (torch.empty_like(self.y, dtype=dtype) for dtype in (None, torch.uint8, None))
-        states = [_State(u, spikes, weighted, response)]
-        simulation = event_driven.stages(
-            [connection], states, self.drive, neuron, steps, from_rest=True, share=1 / total, own_memory=True
-        )
-        self.second = Sequence(
-            [
-                self._normalisation(of_input),
-                *simulation,
-                rate_stage(states, total, self.rates),
-                fire_stage(response, of_feedback, self.drive, self.slope, self.through, neuron.v_threshold),
-            ]
-        )
-
-    def _normalisation(self, gain: Tensor | None) -> Stage:
-        bn, found = self.parts.bn, (self.mean, self.scale)
-        if bn is None:
-            tensors, settings = (self.y, gain, None, None, *found, None, None), (0.0, 0.0)
-        else:
-            tensors = (self.y, gain, bn.weight, bn.bias, *found, bn.running_mean, bn.running_var)
-            settings = (bn.eps, cast(float, bn.momentum))
-        work = _Forward(*self.y.shape, 0, *map(_pointer, tensors), *settings, self.drive.data_ptr())
-        return Stage("features", "forward", work, self.y.numel(), (*tensors, self.drive))
-
-    def _lay_out_backward(self, affine: Affine, batch: int) -> None:
-        solver, features, bn = self.parts.solver, affine.operator.out_channels, self.parts.bn
-        dense = DenseMap(affine)
-        self.jacobian = AnalyticLinearisation((dense,), (self.slope,))
-        self.factors = (dense.adjoint_factor(self.slope),)
-        self.terms, dimensions = solver.terms(torch.float32), min(solver.restart, solver.max_steps)
-        self.gmres = PreparedGmres(self.factors, batch, features, self.terms, dimensions, own_memory=True)
-        self.third = Sequence([dense.packing, self.gmres.stage])
-        gamma = None if bn is None else bn.weight
-        tensors = (None, self.slope, self.through, self.y, self.gains[0], gamma, self.mean, self.scale)
-        results = (self.to_response, self.to_y)
-        self.back = _Backward(batch, features, 0, *map(_pointer, (*tensors, *results)))
-        back = Stage("features", "backward", self.back, 4 * self.y.numel(), (*tensors, *results))
-        # the weight's cotangent d^T a, by a product that skips the zeros of d
-        rates = DenseMap(Affine(Operator("linear", features, batch), self.rates, None, 1, None, (features,)))
-        product = rates.adjoint_stage(self.to_response, self.to_weight, own_memory=True)
-        self.fourth = Sequence([back, rates.packing, product, *([] if self.pull is None else [self.pull])])
-
-    def draw(self, samples: int, device: torch.device, generator: Generator | None) -> None:
-        """The keys of this step's masks."""
-        for dropout, stage in zip(self.parts.dropouts, self.draws, strict=True):
-            if stage is not None:
-                key, stage.work.first = dropout.place(samples, device, generator)
-                stage.work.key = int(key)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The rates of inputs x [B, inputs]."""
-        w_in, b_in, bn, constraint = self.parts.w_in, self.parts.b_in, self.parts.bn, self.parts.constraint
-        self.first.run()
-        if constraint is not None:
-            self.u.copy_(constraint.u)
-            self.v.copy_(constraint.v)
-        if b_in is None:
-            torch.mm(x, w_in.t(), out=self.y)
-        else:
-            torch.addmm(b_in, x, w_in.t(), out=self.y)
-        self.second.run()
-        if bn is not None and bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-        return self.rates.clone()  # the user's, who may change it
-
-    def solve(self, g: Tensor) -> Solution:
-        """v with (I - J^T) v = g."""
-        self.gmres.take(g)
-        self.third.run()
-        run = self.gmres.result()
-        if self.terms.trust(run) and run.worst <= self.parts.solver.tol:
-            return Solution.of(run, run.y)
-        return solve(LinearProblem(self.jacobian.rmatvec, g, native=True, factors=self.factors), self.parts.solver)
-
-    def backward(self, v: Tensor, x: Tensor, needed: Ordered[bool]) -> list[Tensor | None]:
-        """Cotangents of x and the parameters from the solution v."""
-        _, b_in, gamma, beta, _, _, b = self.parts.parameters
-        vectors = [None if p is None else torch.empty_like(p) for p in (gamma, beta, b_in, b)]
-        to_raw, to_alpha = torch.empty_like(self.to_weight), None
-        self.back.v = v.data_ptr()
-        self.back.to_gamma, self.back.to_beta, self.back.to_bias, self.back.to_feedback_bias = map(_pointer, vectors)
-        if self.pull is not None:
-            work = self.pull.work
-            work.result, work.s, work.scale = to_raw.data_ptr(), self.step.work.s, self.scaled.work.scale
-        self.fourth.run()
-        if self.pull is None:
-            to_raw = self.to_weight.clone()
-        else:
-            constraint = cast(SpectralMatrix, self.parts.constraint)
-            inside = abs(float(constraint.alpha.detach())) <= constraint.bound
-            to_alpha = constraint.alpha.new_tensor(self.pull.work.p if inside else 0)
-        to_gamma, to_beta, to_b_in, to_b = vectors
-        to_x = self.to_y.mm(self.parts.w_in) if needed[0] else None
-        to_w_in = self.to_y.t().mm(x) if needed[1] else None
-        return [to_x, to_w_in, to_b_in, to_gamma, to_beta, to_raw, to_alpha, to_b]
-
-
-class _Step(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, lease: _Lease, hooks: tuple[SolveHook, ...], x: Tensor, *parameters: Tensor | None) -> Tensor:
-        ctx.lease, ctx.hooks = lease, hooks
-        # parameters are saved for autograd to see that they are still those of the forward
-        ctx.save_for_backward(x, *(p for p in parameters if p is not None))
-        return lease.slot.forward(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        x, *_ = ctx.saved_tensors
-        slot, needed = ctx.lease.slot, ctx.needs_input_grad[2:]
-        solution = slot.solve(cotangent.contiguous())
-        report(solution, slot.parts.solver, ctx.hooks)
-        gradients = slot.backward(solution.value, x, needed)
-        return None, None, *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

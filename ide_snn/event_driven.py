@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ide_snn import event_works as works
 from ide_snn import native
 from ide_snn.layers import Affine
 from ide_snn.native import Stage
@@ -45,80 +46,6 @@ LEVEL_LANES, LEVEL_BLOCK = 32, 128  # of weights in whole units
 LEVELS = 32767  # largest sum of them
 MOST_INPUTS = 4096  # of an output: rounding then moves a weight by some 1.6 % of their root mean square
 SPARSE = 0.5  # share of numbers that are not 0 up to which a walk over them is faster than a dense convolution
-
-
-class _Connection(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("in_positions", "in_channels", "out_positions", "out_channels")),
-        *((name, ctypes.c_int64) for name in ("taps", "block", "blocks")),
-        *((name, ctypes.c_void_p) for name in ("weight", "target", "bias", "gain", "levels", "unit")),
-    ]
-
-
-class _Population(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_int64),
-        *((n, ctypes.c_void_p) for n in ("u", "spikes", "weighted", "count", "response")),
-    ]
-
-
-class _Pack(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("taps", "in_channels", "out_channels", "in_stride", "out_stride")),
-        *((name, ctypes.c_int64) for name in ("block", "blocks", "next")),
-        *((name, ctypes.c_void_p) for name in ("weight", "packed", "levels", "unit")),
-        ("largest", ctypes.c_int64),
-    ]
-
-
-class _Scratch(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("threads", "size", "accumulators", "events", "positions")),
-        ("memory", ctypes.c_void_p),
-    ]
-
-    @classmethod
-    def of(cls, accumulators: int, events: int, positions: int, *, own: bool = False) -> tuple[_Scratch, Tensor]:
-        """Room for every thread: for so many sums, events and positions; and the memory, which the caller keeps.
-
-        Args:
-            own: memory that nobody else uses, instead of that of `native.scratch`.
-        """
-        scratch = cls.sizes(accumulators, events, positions)
-        size = torch.get_num_threads() * scratch.size
-        memory = torch.empty(size, dtype=torch.uint8) if own else native.scratch(size)
-        scratch.memory = memory.data_ptr()
-        return scratch, memory
-
-    @classmethod
-    def sizes(cls, accumulators: int, events: int, positions: int) -> _Scratch:
-        """The same without memory."""
-        sizes = [-(-n // 16) * 16 for n in (accumulators, events + 8, positions + 1)]
-        each = 4 * (sizes[0] + 2 * sizes[1] + 4 * sizes[2])  # all numbers have four bytes
-        return cls(0, each, *sizes, None)
-
-
-class _Simulation(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("connections", "populations")),
-        *((name, ctypes.c_int64) for name in ("n", "batch", "steps", "next", "from_rest")),
-        ("drive", ctypes.c_void_p),
-        *((name, ctypes.c_double) for name in ("threshold", "leak", "share")),
-        ("scratch", _Scratch),
-    ]
-
-
-class _Factor(ctypes.Structure):
-    _fields_ = [("connection", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("scratch", _Scratch)]
-
-
-class _Product(ctypes.Structure):
-    _fields_ = [
-        ("connection", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("batch", "next")),
-        *((name, ctypes.c_void_p) for name in ("spikes", "x", "scale", "y")),
-        ("scratch", _Scratch),
-    ]
 
 
 def why_not(maps: Sequence[object]) -> str | None:
@@ -186,16 +113,16 @@ class EventConnection:
         weight, taps = weight.contiguous(), self.reach.taps
         strides = (self.out_channels * taps, taps) if inputs_first else (taps, self.in_channels * taps)
         targets = (self.weight, None, None) if self.unit is None else (None, self.weight, self.unit)
-        work = _Pack(
+        work = works.Pack(
             *(taps, self.in_channels, self.out_channels, *strides, self.block, self.blocks, 0),
             *(_pointer(tensor) for tensor in (weight, *targets)),
             LEVELS,
         )
         return Stage("events", "pack", work, self.weight.numel(), (weight, self.weight, self.unit))
 
-    def as_struct(self, reach: Reach, part: slice) -> _Connection:
+    def as_struct(self, reach: Reach, part: slice) -> works.Connection:
         """For the samples `part` of the batch, with events that go where `reach` says."""
-        return _Connection(
+        return works.Connection(
             reach.in_positions,
             self.in_channels,
             reach.out_positions,
@@ -229,12 +156,12 @@ class EventConnection:
         y = empty_channels_last((x.shape[0], *self.out_shape), x, torch.float32)
         for part, items, (reach,) in _parts(x.shape[0], [self]):
             struct = self.as_struct(reach, part)
-            scratch, _memory = _Scratch.of(
+            scratch, _memory = works.Scratch.of(
                 reach.out_positions * self.block, reach.in_positions * self.in_channels, reach.in_positions
             )
             tensors = (x[part], None) if is_spikes else (None, x[part])
             pointers = (_pointer(t) for t in (*tensors, None if scale is None else scale[part], y[part]))
-            work = _Product(ctypes.addressof(struct), items, 0, *pointers, scratch)
+            work = works.Product(ctypes.addressof(struct), items, 0, *pointers, scratch)
             numbers = reach.taps * (x[part].numel() + y[part].numel())
             native.run("events", "product", work, numbers)
         return y
@@ -312,10 +239,10 @@ class EventMap:
         connection, scale = self._backward, channels_last(scale)
         reach = connection.reach
         struct = connection.as_struct(reach, slice(None))
-        scratch = _Scratch.sizes(
+        scratch = works.Scratch.sizes(
             reach.out_positions * connection.block, reach.in_positions * connection.in_channels, reach.in_positions
         )
-        work = _Factor(ctypes.addressof(struct), scale.data_ptr(), scratch)
+        work = works.FactorWork(ctypes.addressof(struct), scale.data_ptr(), scratch)
         size = reach.out_positions * connection.out_channels
         return Factor("events", "multiply", work, (connection, struct, scale), size, scratch=scratch.size)
 
@@ -372,13 +299,15 @@ def stages(
     for part, items, reaches in _parts(drive.shape[0], connections):
         both = list(zip(connections, reaches, strict=True))
         slices = [_Slice(state, part) for state in states]
-        links = (_Connection * len(connections))(*(connection.as_struct(reach, part) for connection, reach in both))
-        populations = (_Population * len(states))(*(state.as_struct(items) for state in slices))
+        links = (works.Connection * len(connections))(
+            *(connection.as_struct(reach, part) for connection, reach in both)
+        )
+        populations = (works.Population * len(states))(*(state.as_struct(items) for state in slices))
         accumulators = max(reach.out_positions * connection.at_once for connection, reach in both)
         events = max(reach.in_positions * connection.in_channels for connection, reach in both)
         positions = max(reach.in_positions for _, reach in both)
-        scratch, memory = _Scratch.of(accumulators, events, positions, own=own_memory)
-        work = _Simulation(
+        scratch, memory = works.Scratch.of(accumulators, events, positions, own=own_memory)
+        work = works.Simulation(
             ctypes.addressof(links),
             ctypes.addressof(populations),
             *(len(states), items, steps, 0, from_rest),
@@ -412,8 +341,8 @@ class _Slice:
         others = (state.spikes, state.weighted, count, state.response)
         self.others = [None if t is None else t[part] for t in others]
 
-    def as_struct(self, items: int) -> _Population:
-        return _Population(self.u.numel() // max(items, 1), *(_pointer(t) for t in (self.u, *self.others)))
+    def as_struct(self, items: int) -> works.Population:
+        return works.Population(self.u.numel() // max(items, 1), *(_pointer(t) for t in (self.u, *self.others)))
 
 
 def channels_last(x: Tensor) -> Tensor:

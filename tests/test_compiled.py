@@ -79,7 +79,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def is_compiled(net: FeedbackSNN) -> bool:
-    return any(not isinstance(plan, str) for plan in net._compiled._plans.values())
+    return any(not isinstance(plan, str) for plan, _ in net._compiled._plans.values())
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -264,7 +264,7 @@ def test_few_plans_are_kept() -> None:
     for samples in range(2, 12):
         step(net, images(samples))
     assert len(net._compiled._plans) == 4
-    plan = next(iter(net._compiled._plans.values()))
+    plan, _ = next(iter(net._compiled._plans.values()))
     assert len(plan.free) == 1  # buffers come back, and there are no more than were needed at a time
 
 

@@ -1,0 +1,293 @@
+"""The training step of a fully connected block as a few calls of kernels that are prepared once (`compile=True`).
+
+A step of a small network spends much of its time between kernels: in Python, in autograd, in waking threads. For blocks
+of one fully connected population, whose derivative is known by hand, everything is laid out when a batch of that size
+is first seen: buffers, weights' packed copies, the arguments of the kernels. A step then runs them, between the three
+products that torch computes:
+
+    W_fb = clip(alpha, -c, c) W / ||W||, packed, and the dropout gains g_in, g_fb        1 call
+    y = x W_in^T + b_in                                                                  torch
+    Xbar = g_in BN(y), the simulation's rates a,
+    slope = g_fb sigma'(z) / V_th, through = sigma'(z) / V_th                            1 call
+        at z = (g_fb (W_fb a + b_fb) + Xbar) / V_th
+    (I - J^T) v = dL/da, J = slope W_fb                                                  1 call
+    d = slope v, e = through g_in v, BN's derivative of e                                1 call
+    dL/dW_fb = d^T a, dL/dW_in = (dL/dy)^T x                                             torch
+    dL/dW and dL/dalpha from dL/dW_fb                                                    1 call
+
+Vectors are [B, N]. The numbers are those of the step that is not compiled, up to the rounding of batch norm's sums.
+Float32 on a CPU. Source: Xiao et al., NeurIPS 2021, sections 4.2 to 4.4.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ide_snn import event_driven, spectral
+from ide_snn.dense import DenseMap
+from ide_snn.dropout import VariationalDropout
+from ide_snn.equilibrium import AnalyticLinearisation
+from ide_snn.event_driven import EventConnection
+from ide_snn.firing import fire_stage, rate_stage
+from ide_snn.implicit import SolveHook, report
+from ide_snn.layers import Affine
+from ide_snn.native import Sequence, Stage
+from ide_snn.neurons import NeuronParams
+from ide_snn.operators import Operator
+from ide_snn.optimizations import SpectralMatrix
+from ide_snn.simulation import Path
+from ide_snn.solvers import Gmres, LinearProblem, Solution, solve
+from ide_snn.solvers.vectors import PreparedGmres
+
+
+class _Forward(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("samples", "features", "next")),
+        *((name, ctypes.c_void_p) for name in ("x", "gain", "gamma", "beta", "mean", "scale")),
+        *((name, ctypes.c_void_p) for name in ("running_mean", "running_var")),
+        *((name, ctypes.c_double) for name in ("eps", "momentum")),
+        ("drive", ctypes.c_void_p),
+    ]
+
+
+class _Backward(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("samples", "features", "next")),
+        *((name, ctypes.c_void_p) for name in ("v", "slope", "through", "x", "gain", "gamma", "mean", "scale")),
+        *((name, ctypes.c_void_p) for name in ("to_response", "to_x", "to_gamma", "to_beta")),
+        *((name, ctypes.c_void_p) for name in ("to_bias", "to_feedback_bias")),
+    ]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a step is of."""
+
+    w_in: Tensor
+    b_in: Tensor | None
+    bn: nn.BatchNorm1d | None
+    w: Tensor  # of the feedback, unconstrained
+    b: Tensor | None
+    constraint: SpectralMatrix | None
+    dropouts: tuple[VariationalDropout, VariationalDropout]  # of the input stage and the feedback
+    operator: Operator  # of the feedback
+    neuron: NeuronParams
+    time_steps: int
+    solver: Gmres
+    path: Path
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        bn, constraint = self.bn, self.constraint
+        of_bn = (None, None) if bn is None else (bn.weight, bn.bias)
+        return self.w_in, self.b_in, *of_bn, self.w, None if constraint is None else constraint.alpha, self.b
+
+
+class Plan:
+    """The step for one size of batch, with as many buffers as there are forwards without a backward at a time."""
+
+    def __init__(self, parts: Parts, batch: int) -> None:
+        self.parts, self.batch = parts, batch
+        self.free: list[_Slot] = []
+
+    def step(self, x: Tensor, generator: Generator | None, hooks: tuple[SolveHook, ...]) -> Tensor:
+        """The rates of inputs x [B, inputs], with their gradient."""
+        lease = _Lease(self)
+        lease.slot.draw(x, generator)
+        rates: Tensor = _Step.apply(lease, hooks, x, *self.parts.parameters)
+        return rates
+
+    def take(self) -> _Slot:
+        return self.free.pop() if self.free else _Slot(self.parts, self.batch)
+
+
+class _Lease:
+    """Buffers as long as a graph needs them."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.slot = plan, plan.take()
+
+    def __del__(self) -> None:
+        self.plan.free.append(self.slot)
+
+
+@dataclass
+class _State:
+    """The population, see `event_driven.State`."""
+
+    u: Tensor
+    spikes: Tensor
+    weighted: Tensor | None
+    response: Tensor | None
+    count: Tensor | None = None
+
+
+class _Slot:
+    """Buffers of one step, and the works of its kernels, which hold their addresses. All vectors are [B, N]."""
+
+    def __init__(self, parts: Parts, batch: int) -> None:
+        self.parts = parts
+        features = len(parts.w_in)
+
+        def vector() -> Tensor:
+            return torch.empty(batch, features)
+
+        self.y, self.drive, self.rates, self.to_y, self.slope = (vector() for _ in range(5))
+        self.mean, self.scale = torch.empty(features), torch.empty(features)
+        self.gains = [vector() if dropout.drops else None for dropout in parts.dropouts]
+        self.through = self.slope if self.gains[1] is None else vector()
+        self.to_response = torch.empty(features, batch)  # transposed, as a product takes it
+        self.to_weight = torch.empty(features, features)  # of the weight in use
+        weighing = self._lay_out_weight()
+        affine = Affine(parts.operator, self.weight, parts.b, 1, self.gains[1], (features,))
+        self._lay_out_forward(weighing, affine)
+        self._lay_out_backward(affine, batch)
+
+    def _lay_out_weight(self) -> list[Stage]:
+        """The stages that compute the weight in use."""
+        constraint, raw, self.pull = self.parts.constraint, self.parts.w.detach(), None
+        self.weight = raw
+        if constraint is None:
+            return []
+        self.weight = torch.empty(raw.shape)
+        self.step = spectral.step_stage(raw, constraint.u, constraint.v)
+        self.scaled = spectral.scaled_stage(raw, constraint.alpha, constraint.bound, self.step, self.weight)
+        self.u, self.v = constraint.u.clone(), constraint.v.clone()  # those of this step: the next one changes them
+        self.pull = spectral.pull_stage(self.to_weight, raw, self.u, self.v, self.to_weight)
+        return [self.step, self.scaled]
+
+    def _lay_out_forward(self, weighing: list[Stage], affine: Affine) -> None:
+        neuron, steps, (of_input, of_feedback) = self.parts.neuron, self.parts.time_steps, self.gains
+        connection = EventConnection(affine, levels=self.parts.path == "events16")
+        self.draws = [
+            None if gain is None else dropout.draw_stage(gain)
+            for gain, dropout in zip(self.gains, self.parts.dropouts, strict=True)
+        ]
+        self.first = Sequence([*weighing, connection.packing, *filter(None, self.draws)])
+        response, total = torch.empty_like(self.y), neuron.total_weight(steps)
+        u, spikes, weighted = (torch.empty_like(self.y, dtype=dtype) for dtype in (None, torch.uint8, None))
+        states = [_State(u, spikes, weighted, response)]
+        simulation = event_driven.stages(
+            [connection], states, self.drive, neuron, steps, from_rest=True, share=1 / total, own_memory=True
+        )
+        self.second = Sequence(
+            [
+                self._normalisation(of_input),
+                *simulation,
+                rate_stage(states, total, self.rates),
+                fire_stage(response, of_feedback, self.drive, self.slope, self.through, neuron.v_threshold),
+            ]
+        )
+
+    def _normalisation(self, gain: Tensor | None) -> Stage:
+        bn, found = self.parts.bn, (self.mean, self.scale)
+        tensors: tuple[Tensor | None, ...]
+        if bn is None:
+            tensors, settings = (self.y, gain, None, None, *found, None, None), (0.0, 0.0)
+        else:
+            tensors = (self.y, gain, bn.weight, bn.bias, *found, bn.running_mean, bn.running_var)
+            settings = (bn.eps, cast(float, bn.momentum))
+        work = _Forward(*self.y.shape, 0, *map(_pointer, tensors), *settings, self.drive.data_ptr())
+        return Stage("features", "forward", work, self.y.numel(), (*tensors, self.drive))
+
+    def _lay_out_backward(self, affine: Affine, batch: int) -> None:
+        solver, features, bn = self.parts.solver, affine.operator.out_channels, self.parts.bn
+        dense = DenseMap(affine)
+        self.jacobian = AnalyticLinearisation((dense,), (self.slope,))
+        self.factors = (dense.adjoint_factor(self.slope),)
+        self.terms, dimensions = solver.terms(torch.float32), min(solver.restart, solver.max_steps)
+        self.gmres = PreparedGmres(self.factors, batch, features, self.terms, dimensions, own_memory=True)
+        self.third = Sequence([dense.packing, self.gmres.stage])
+        gamma = None if bn is None else bn.weight
+        tensors = (None, self.slope, self.through, self.y, self.gains[0], gamma, self.mean, self.scale)
+        results = (self.to_response, self.to_y)
+        self.back = _Backward(batch, features, 0, *map(_pointer, (*tensors, *results)))
+        back = Stage("features", "backward", self.back, 4 * self.y.numel(), (*tensors, *results))
+        # the weight's cotangent d^T a, by a product that skips the zeros of d
+        rates = DenseMap(Affine(Operator("linear", features, batch), self.rates, None, 1, None, (features,)))
+        product = rates.adjoint_stage(self.to_response, self.to_weight, own_memory=True)
+        self.fourth = Sequence([back, rates.packing, product, *([] if self.pull is None else [self.pull])])
+
+    def draw(self, x: Tensor, generator: Generator | None) -> None:
+        """The keys of this step's masks."""
+        for dropout, stage in zip(self.parts.dropouts, self.draws, strict=True):
+            if stage is not None:
+                key, stage.work.first = dropout.place(len(x), x.device, generator)
+                stage.work.key = int(key)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The rates of inputs x [B, inputs]."""
+        w_in, b_in, bn, constraint = self.parts.w_in, self.parts.b_in, self.parts.bn, self.parts.constraint
+        self.first.run()
+        if constraint is not None:
+            self.u.copy_(constraint.u)
+            self.v.copy_(constraint.v)
+        if b_in is None:
+            torch.mm(x, w_in.t(), out=self.y)
+        else:
+            torch.addmm(b_in, x, w_in.t(), out=self.y)
+        self.second.run()
+        if bn is not None and bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
+        return self.rates.clone()  # the user's, who may change it
+
+    def solve(self, g: Tensor) -> Solution:
+        """v with (I - J^T) v = g."""
+        self.gmres.take(g)
+        self.third.run()
+        run = self.gmres.result()
+        if self.terms.trust(run) and run.worst <= self.parts.solver.tol:
+            return Solution.of(run, run.y)
+        return solve(LinearProblem(self.jacobian.rmatvec, g, native=True, factors=self.factors), self.parts.solver)
+
+    def backward(self, v: Tensor, x: Tensor, needed: Ordered[bool]) -> list[Tensor | None]:
+        """Cotangents of x and the parameters from the solution v."""
+        _, b_in, gamma, beta, _, _, b = self.parts.parameters
+        vectors = [None if p is None else torch.empty_like(p) for p in (gamma, beta, b_in, b)]
+        to_raw, to_alpha = torch.empty_like(self.to_weight), None
+        self.back.v = v.data_ptr()
+        self.back.to_gamma, self.back.to_beta, self.back.to_bias, self.back.to_feedback_bias = map(_pointer, vectors)
+        if self.pull is not None:
+            work = self.pull.work
+            work.result, work.s, work.scale = to_raw.data_ptr(), self.step.work.s, self.scaled.work.scale
+        self.fourth.run()
+        if self.pull is None:
+            to_raw = self.to_weight.clone()
+        else:
+            constraint = cast(SpectralMatrix, self.parts.constraint)
+            inside = abs(float(constraint.alpha.detach())) <= constraint.bound
+            to_alpha = constraint.alpha.new_tensor(self.pull.work.p if inside else 0)
+        to_gamma, to_beta, to_b_in, to_b = vectors
+        to_x = self.to_y.mm(self.parts.w_in) if needed[0] else None
+        to_w_in = self.to_y.t().mm(x) if needed[1] else None
+        return [to_x, to_w_in, to_b_in, to_gamma, to_beta, to_raw, to_alpha, to_b]
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, lease: _Lease, hooks: tuple[SolveHook, ...], x: Tensor, *parameters: Tensor | None) -> Tensor:
+        ctx.lease, ctx.hooks = lease, hooks
+        # parameters are saved for autograd to see that they are still those of the forward
+        ctx.save_for_backward(x, *(p for p in parameters if p is not None))
+        return lease.slot.forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        x, *_ = ctx.saved_tensors
+        slot, needed = ctx.lease.slot, ctx.needs_input_grad[2:]
+        solution = slot.solve(cotangent.contiguous())
+        report(solution, slot.parts.solver, ctx.hooks)
+        gradients = slot.backward(solution.value, x, needed)
+        return None, None, *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
