@@ -178,18 +178,18 @@ class _Watch:
     def __init__(self, block: Block) -> None:
         self._owners: list[tuple[dict[str, Any], str, Any]] = []  # who is where
         self._modules: list[nn.Module] = []
-        self._look_at(block, ("input", "feedback"))
+        self._look_at(block._modules, ("input", "feedback"))
         self._state, self._addresses = self._now(), self._addresses_now()
 
-    def _look_at(self, module: nn.Module, names: Iterable[str]) -> None:
+    def _look_at(self, modules: dict[str, nn.Module | None], names: Iterable[str]) -> None:
         for name in names:
-            inner = module._modules[name]
-            self._owners.append((module._modules, name, inner))
+            inner = modules[name]
+            self._owners.append((modules, name, inner))
             if inner is not None:
                 self._modules.append(inner)
                 for tensors in (inner._parameters, inner._buffers):
                     self._owners += [(tensors, key, tensor) for key, tensor in tensors.items()]
-                self._look_at(inner, inner._modules)
+                self._look_at(inner._modules, inner._modules)
 
     def is_as_it_was(self) -> bool:
         return (
