@@ -19,7 +19,7 @@ from ide_snn.native import Stage
 from ide_snn.solvers.vectors import Factor, lines
 
 # Samples that share each reading of the weight; their vectors fit the second-level cache.
-TOGETHER = 24
+TOGETHER = 32
 
 
 class _Pack(ctypes.Structure):

@@ -2,20 +2,20 @@
 
 A step of a small network spends much of its time between kernels: in Python, in autograd, in waking threads. For blocks
 of one fully connected population, whose derivative is known by hand, everything is laid out when a batch of that size
-is first seen: buffers, weights' packed copies, the arguments of the kernels. A step then runs them, between the three
+is first seen: buffers, weights' packed copies, the arguments of the kernels. A step then runs them, between the two
 products that torch computes:
 
     W_fb = clip(alpha, -c, c) W / ||W||, packed, and the dropout gains g_in, g_fb        1 call
-    y = x W_in^T + b_in                                                                  torch
-    Xbar = g_in BN(y), the simulation's rates a,
+    y = x W_in^T                                                                         torch
+    Xbar = g_in BN(y + b_in), the simulation's rates a,
     slope = g_fb sigma'(z) / V_th, through = sigma'(z) / V_th                            1 call
         at z = (g_fb (W_fb a + b_fb) + Xbar) / V_th
     (I - J^T) v = dL/da, J = slope W_fb                                                  1 call
-    d = slope v, e = through g_in v, BN's derivative of e                                1 call
-    dL/dW_fb = d^T a, dL/dW_in = (dL/dy)^T x                                             torch
-    dL/dW and dL/dalpha from dL/dW_fb                                                    1 call
+    d = slope v, e = through g_in v, dL/dy from e by BN's derivative,
+    dL/dW_fb = d^T a, and from it dL/dW and dL/dalpha                                    1 call
+    dL/dW_in = (dL/dy)^T x                                                               torch
 
-Vectors are [B, N]. The numbers are those of the step that is not compiled, up to the rounding of batch norm's sums.
+Vectors are [B, N]. The numbers are those of the step that is not compiled, up to the rounding of sums.
 Float32 on a CPU. Source: Xiao et al., NeurIPS 2021, sections 4.2 to 4.4.
 """
 
@@ -50,7 +50,7 @@ from ide_snn.solvers.vectors import PreparedGmres
 class _Forward(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("samples", "features", "next")),
-        *((name, ctypes.c_void_p) for name in ("x", "gain", "gamma", "beta", "mean", "scale")),
+        *((name, ctypes.c_void_p) for name in ("x", "bias", "gain", "gamma", "beta", "mean", "scale")),
         *((name, ctypes.c_void_p) for name in ("running_mean", "running_var")),
         *((name, ctypes.c_double) for name in ("eps", "momentum")),
         ("drive", ctypes.c_void_p),
@@ -190,9 +190,10 @@ class _Slot:
         bn, found = self.parts.bn, (self.mean, self.scale)
         tensors: tuple[Tensor | None, ...]
         if bn is None:
-            tensors, settings = (self.y, gain, None, None, *found, None, None), (0.0, 0.0)
+            tensors, settings = (self.y, self.parts.b_in, gain, None, None, *found, None, None), (0.0, 0.0)
         else:
-            tensors = (self.y, gain, bn.weight, bn.bias, *found, bn.running_mean, bn.running_var)
+            given = (self.y, self.parts.b_in, gain, bn.weight, bn.bias)
+            tensors = (*given, *found, bn.running_mean, bn.running_var)
             settings = (bn.eps, cast(float, bn.momentum))
         work = _Forward(*self.y.shape, 0, *map(_pointer, tensors), *settings, self.drive.data_ptr())
         return Stage("features", "forward", work, self.y.numel(), (*tensors, self.drive))
@@ -224,15 +225,12 @@ class _Slot:
 
     def forward(self, x: Tensor) -> Tensor:
         """The rates of inputs x [B, inputs]."""
-        w_in, b_in, bn, constraint = self.parts.w_in, self.parts.b_in, self.parts.bn, self.parts.constraint
+        bn, constraint = self.parts.bn, self.parts.constraint
         self.first.run()
         if constraint is not None:
             self.u.copy_(constraint.u)
             self.v.copy_(constraint.v)
-        if b_in is None:
-            torch.mm(x, w_in.t(), out=self.y)
-        else:
-            torch.addmm(b_in, x, w_in.t(), out=self.y)
+        torch.mm(x, self.parts.w_in.t(), out=self.y)
         self.second.run()
         if bn is not None and bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)

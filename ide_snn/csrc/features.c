@@ -10,10 +10,10 @@
 typedef struct {
     int64_t samples, features;
     int64_t next;               /* features to be taken by the next thread; starts at 0 */
-    const float *x;             /* W x + b */
+    const float *x, *bias;      /* W x without the bias [features], which may be NULL */
     const float *gain;          /* or NULL */
     const float *gamma, *beta;  /* [features]; NULL: without batch norm */
-    float *mean, *scale;        /* [features] results: mean of x, 1 / sqrt(var + eps) */
+    float *mean, *scale;        /* [features] results: mean of W x, 1 / sqrt(var + eps) */
     float *running_mean, *running_var; /* [features] */
     double eps, momentum;
     float *drive;               /* result */
@@ -30,7 +30,7 @@ static inline __attribute__((always_inline)) void forward_some(Forward *w, int64
     const float *restrict x = w->x + first, *restrict gain = w->gain ? w->gain + first : 0;
     float *restrict drive = w->drive + first;
     float factor[SOME], shift[SOME];
-    for (int64_t j = 0; j < n; j++) factor[j] = 1, shift[j] = 0;
+    for (int64_t j = 0; j < n; j++) factor[j] = 1, shift[j] = w->bias ? w->bias[first + j] : 0;
     if (w->gamma) {
         double sum[SOME] = {0}, squares[SOME] = {0};
         float mean[SOME];
@@ -54,7 +54,7 @@ static inline __attribute__((always_inline)) void forward_some(Forward *w, int64
             double var = squares[j] / samples, unbiased = squares[j] / (samples - 1);
             w->mean[c] = mean[j];
             w->scale[c] = (float)(1 / sqrt(var + w->eps));
-            w->running_mean[c] += (float)(w->momentum * (mean[j] - w->running_mean[c]));
+            w->running_mean[c] += (float)(w->momentum * (mean[j] + shift[j] - w->running_mean[c]));
             w->running_var[c] += (float)(w->momentum * (unbiased - w->running_var[c]));
             factor[j] = w->gamma[c] * w->scale[c];
             shift[j] = w->beta[c] - mean[j] * factor[j];
@@ -67,7 +67,7 @@ static inline __attribute__((always_inline)) void forward_some(Forward *w, int64
     }
 }
 
-/* drive = gain * BN(x) by the statistics of the batch, which move the running ones. */
+/* drive = gain * BN(W x + b), for which the bias changes nothing, by the statistics of the batch, which move the running ones. */
 void forward(Forward *w) {
     FOR_FEATURES(w) {
         int64_t n = some_of(w->features, first);
