@@ -63,6 +63,8 @@ class FeedbackSNN(nn.Module):
         ValueError: for time_steps < 1, and in forward for inputs or connections that do not fit.
     """
 
+    compile_ = False  # of blocks that were pickled before there was this
+
     def __init__(
         self,
         *,

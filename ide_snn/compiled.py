@@ -12,14 +12,16 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.nn.utils import parametrize
 
 from ide_snn import native
+from ide_snn.dropout import VariationalDropout
 from ide_snn.implicit import Implicit, SolveHook
 from ide_snn.layers import Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, require_finite
 from ide_snn.operators import Operator
-from ide_snn.optimizations import SpectralMatrix, get_constraint, raw_weight
+from ide_snn.optimizations import SpectralMatrix, SpectralMatrixFirstDim, get_constraint, raw_weight
 from ide_snn.precision import Precision
 from ide_snn.prepared_step import Parts, Plan
 from ide_snn.simulation import EVENT_PATHS, Path
@@ -28,6 +30,10 @@ from ide_snn.solvers import Gmres, Solver
 log = logging.getLogger(__name__)
 
 MOST_PLANS = 4  # sizes of batches and other settings whose buffers are kept
+
+
+# of connections, dropout, batch norm and constraints, as long as they are those that are known
+SETTINGS = ("pool", "p", "eps", "momentum", "track_running_stats", "bound")
 
 
 class Block(Protocol):
@@ -50,6 +56,8 @@ class Block(Protocol):
     def time_steps(self) -> int: ...
 
     def check(self, x: Tensor) -> None: ...
+
+    def population_shapes(self, input_shape: tuple[int, ...]) -> list[tuple[int, ...]]: ...
 
     def path_for(self, links: Sequence[FixedConnection], device: torch.device) -> Path: ...
 
@@ -75,7 +83,7 @@ class CompiledSteps:
         key = (
             *(x.shape, x.dtype, x.device, x.is_contiguous(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")),
             *(block.precision, block.neuron, block.time_steps, block.solver, block.gradient, block.input_has_time),
-            *(bool(block._simulation_hooks), len(block.layers)),
+            *(bool(block._simulation_hooks), bool(has_any_global_hook()), len(block.layers)),
         )
         found = self._plans.get(key)
         if found is None or not found[1].is_as_it_was():
@@ -92,6 +100,7 @@ class CompiledSteps:
     def _make(self, block: Block, x: Tensor) -> Plan | str:
         """The plan, or why there is none."""
         block.check(x)
+        block.population_shapes(tuple(x.shape[1:]))
         found = _path_or_reason(block, x)
         if found in EVENT_PATHS:
             self._say(logging.INFO, "compile=True: the training step is compiled")
@@ -113,25 +122,26 @@ def _path_or_reason(block: Block, x: Tensor) -> str:
     stage, feedback = block.input, block.feedback
     if len(block.layers) or stage.operator is None or feedback.operator is None:
         return "it is for one population between linear layers"
-    if {stage.operator.kind, feedback.operator.kind} != {"linear"}:
+    if {stage.operator.kind, feedback.operator.kind} != {"linear"} or max(stage.pool, feedback.pool) > 1:
         return "it is for fully connected networks"
     if block.input_has_time:
         return "the input has time"
     if not isinstance(block.gradient, Implicit) or block.gradient.jacobian_at != "rate":
         return "it is for implicit differentiation at the rates"
-    if not isinstance(block.solver, Gmres):
+    if type(block.solver) is not Gmres:
         return "it is for solver gmres"
-    if block._simulation_hooks:
-        return "a hook looks at the simulation"
     if feedback.bn is not None:
         return "the feedback has batch norm"
     if parametrize.is_parametrized(stage.op):
         return "the input stage has a parametrized weight"
+    if any(type(connection.dropout) is not VariationalDropout for connection in (stage, feedback)):
+        return "dropout is one of your own"
     if not all(module.training for module in block.modules()):
         return "a part is in evaluation mode"
     return (
         _why_not_constraint(feedback.op)
         or _why_not_batch_norm(stage.bn, len(x))
+        or _why_not_hooks(block)
         or _path_or_reason_of_kernels(block, x)
     )
 
@@ -140,19 +150,35 @@ def _why_not_constraint(op: nn.Module) -> str | None:
     constraint = get_constraint(op)
     if constraint is None:
         return "the feedback has a parametrization of its own" if parametrize.is_parametrized(op) else None
-    if not isinstance(constraint, SpectralMatrix) or len(op.parametrizations["weight"]) != 1:  # type: ignore[index]
+    kinds = cast(nn.ModuleDict, op.parametrizations)
+    if type(constraint) not in (SpectralMatrix, SpectralMatrixFirstDim):
         return "of constraints, it knows spectral_matrix"
+    if list(kinds) != ["weight"] or len(cast(nn.ModuleList, kinds["weight"])) != 1:
+        return "the feedback has a parametrization of its own"
     return None
 
 
 def _why_not_batch_norm(bn: nn.Module | None, samples: int) -> str | None:
     if bn is None:
         return None
-    if type(bn) is not nn.BatchNorm1d or not bn.affine or bn.running_mean is None or bn.momentum is None:
+    if type(bn) is not nn.BatchNorm1d or not (bn.affine and bn.track_running_stats) or bn.momentum is None:
         return "the input stage's batch norm is not as Connection makes it"
-    if "forward" in bn.__dict__ or bn._forward_hooks or bn._forward_pre_hooks:
-        return "batch norm is over several processes, or has hooks"
+    if "forward" in bn.__dict__:
+        return "batch norm is over several processes"
     return None if samples > 1 else "batch norm of one sample"
+
+
+def _why_not_hooks(block: Block) -> str | None:
+    own = 1 if get_constraint(block.feedback.op) is not None else 0  # a constraint advances by one
+    hooks = sum(_hooks(module) for part in (block.input, block.feedback) for module in part.modules())
+    is_free = hooks == own and not block._simulation_hooks and not has_any_global_hook()
+    return None if is_free else "there are hooks"
+
+
+def _hooks(module: nn.Module) -> int:
+    own = module.__dict__
+    forward = len(own["_forward_hooks"]) + len(own["_forward_pre_hooks"])
+    return forward + len(own["_backward_hooks"]) + len(own["_backward_pre_hooks"])
 
 
 def _path_or_reason_of_kernels(block: Block, x: Tensor) -> str:
@@ -202,12 +228,12 @@ class _Watch:
         state: list[Any] = []
         for module in self._modules:
             own = module.__dict__
-            state += (own["training"], len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), "forward" in own)
-            state += (own.get("p"), own.get("eps"), own.get("momentum"), len(own["_modules"]), len(own["_parameters"]))
+            state += (own["training"], _hooks(module), "forward" in own, len(own["_modules"]), len(own["_parameters"]))
+            state += [own.get(name) for name in SETTINGS]
         return state
 
-    def _addresses_now(self) -> list[int]:
-        return [what.data_ptr() for _, _, what in self._owners if isinstance(what, Tensor)]
+    def _addresses_now(self) -> list[Any]:
+        return [(what.data_ptr(), what.stride()) for _, _, what in self._owners if isinstance(what, Tensor)]
 
 
 def _parts(block: Block, path: Path) -> Parts:

@@ -93,7 +93,7 @@ def why_unavailable(name: str) -> str | None:
     return None
 
 
-def run(name: str, kernel: str, work: ctypes.Structure, elements: int) -> None:
+def run(name: str, kernel: str, work: ctypes.Structure, elements: int, most: int | None = None) -> None:
     """Runs `kernel(work)` of csrc/`name`.c on as many threads as torch uses, torch's own where they can be had.
 
     Threads of our own would share the processors with torch's, which wait actively for their next work.
@@ -102,12 +102,14 @@ def run(name: str, kernel: str, work: ctypes.Structure, elements: int) -> None:
         kernel: a C function of one pointer, whose callers share the work among them.
         work: what it points to.
         elements: numbers that are read or written; few are left to the calling thread.
+        most: threads, if fewer than torch uses.
 
     Raises:
         NativeUnavailable: see `library`.
     """
     function, address = _kernel(name, kernel)
     threads, argument = torch.get_num_threads(), ctypes.byref(work)
+    threads = threads if most is None else min(threads, most)
     if elements < WORTH_THREADS or threads == 1:
         function(argument)
         return
@@ -159,7 +161,8 @@ class Stage:
 class Sequence:
     """Stages to be run again and again, one after the other on threads that are woken once.
 
-    Their works keep their addresses. Before every run what kernels have counted in them is put back to 0.
+    Their works keep their addresses. Before every run what kernels have counted in them is put back to 0. Threads are
+    at most as many as torch uses now: memory was laid out for these.
     """
 
     def __init__(self, stages: Iterable[Stage]) -> None:
@@ -172,11 +175,12 @@ class Sequence:
         counters = (_Counter * len(found))(*found)
         self._work = _Sequence(ctypes.addressof(links), len(links), ctypes.addressof(counters), len(counters))
         self._keep = links, counters
+        self._threads = torch.get_num_threads()
         self._clear, self._elements = _kernel("sequence", "clear")[0], sum(stage.elements for stage in self._stages)
 
     def run(self) -> None:
         self._clear(ctypes.byref(self._work))
-        run("sequence", "sequence", self._work, self._elements)
+        run("sequence", "sequence", self._work, self._elements, self._threads)
 
 
 def _counters(kind: type[ctypes.Structure], place: int) -> Iterator[tuple[int, int]]:

@@ -99,20 +99,23 @@ class Plan:
 
     def step(self, x: Tensor, generator: Generator | None, hooks: tuple[SolveHook, ...]) -> Tensor:
         """The rates of inputs x [B, inputs], with their gradient."""
-        lease = _Lease(self)
+        lease = _Lease(self, self.take())
         lease.slot.draw(x, generator)
         rates: Tensor = _Step.apply(lease, hooks, x, *self.parts.parameters)
         return rates
 
     def take(self) -> _Slot:
-        return self.free.pop() if self.free else _Slot(self.parts, self.batch)
+        try:
+            return self.free.pop()
+        except IndexError:  # asking first could be overtaken by another thread
+            return _Slot(self.parts, self.batch)
 
 
 class _Lease:
     """Buffers as long as a graph needs them."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.slot = plan, plan.take()
+    def __init__(self, plan: Plan, slot: _Slot) -> None:
+        self.plan, self.slot = plan, slot
 
     def __del__(self) -> None:
         self.plan.free.append(self.slot)
@@ -134,31 +137,36 @@ class _Slot:
 
     def __init__(self, parts: Parts, batch: int) -> None:
         self.parts = parts
-        features = len(parts.w_in)
+        # their memory stays while kernels have its address, whatever becomes of the parameters
+        self.values = tuple(None if p is None else p.detach() for p in parts.parameters)
+        w_in, *_, raw, _, b = self.values
+        assert w_in is not None  # the two weights are always there
+        assert raw is not None
+        features = len(w_in)
 
         def vector() -> Tensor:
-            return torch.empty(batch, features)
+            return w_in.new_empty(batch, features)
 
         self.y, self.drive, self.rates, self.to_y, self.slope = (vector() for _ in range(5))
-        self.mean, self.scale = torch.empty(features), torch.empty(features)
+        self.mean, self.scale = w_in.new_empty(features), w_in.new_empty(features)
         self.gains = [vector() if dropout.drops else None for dropout in parts.dropouts]
         self.through = self.slope if self.gains[1] is None else vector()
-        self.to_response = torch.empty(features, batch)  # transposed, as a product takes it
-        self.to_weight = torch.empty(features, features)  # of the weight in use
-        weighing = self._lay_out_weight()
-        affine = Affine(parts.operator, self.weight, parts.b, 1, self.gains[1], (features,))
+        self.to_response = w_in.new_empty(features, batch)  # transposed, as a product takes it
+        self.to_weight = w_in.new_empty(features, features)  # of the weight in use
+        weighing = self._lay_out_weight(raw)
+        affine = Affine(parts.operator, self.weight, b, 1, self.gains[1], (features,))
         self._lay_out_forward(weighing, affine)
         self._lay_out_backward(affine, batch)
 
-    def _lay_out_weight(self) -> list[Stage]:
+    def _lay_out_weight(self, raw: Tensor) -> list[Stage]:
         """The stages that compute the weight in use."""
-        constraint, raw, self.pull = self.parts.constraint, self.parts.w.detach(), None
+        constraint, self.pull = self.parts.constraint, None
         self.weight = raw
         if constraint is None:
             return []
-        self.weight = torch.empty(raw.shape)
+        self.weight, self.bound, alpha = torch.empty_like(raw), constraint.bound, constraint.alpha.detach()
         self.step = spectral.step_stage(raw, constraint.u, constraint.v)
-        self.scaled = spectral.scaled_stage(raw, constraint.alpha, constraint.bound, self.step, self.weight)
+        self.scaled = spectral.scaled_stage(raw, alpha, self.bound, self.step, self.weight)
         self.u, self.v = constraint.u.clone(), constraint.v.clone()  # those of this step: the next one changes them
         self.pull = spectral.pull_stage(self.to_weight, raw, self.u, self.v, self.to_weight)
         return [self.step, self.scaled]
@@ -187,26 +195,21 @@ class _Slot:
         )
 
     def _normalisation(self, gain: Tensor | None) -> Stage:
-        bn, found = self.parts.bn, (self.mean, self.scale)
-        tensors: tuple[Tensor | None, ...]
-        if bn is None:
-            tensors, settings = (self.y, self.parts.b_in, gain, None, None, *found, None, None), (0.0, 0.0)
-        else:
-            given = (self.y, self.parts.b_in, gain, bn.weight, bn.bias)
-            tensors = (*given, *found, bn.running_mean, bn.running_var)
-            settings = (bn.eps, cast(float, bn.momentum))
+        bn, (_, b_in, gamma, beta, *_) = self.parts.bn, self.values
+        running = (None, None) if bn is None else (bn.running_mean, bn.running_var)
+        settings = (0.0, 0.0) if bn is None else (bn.eps, cast(float, bn.momentum))
+        tensors = (self.y, b_in, gain, gamma, beta, self.mean, self.scale, *running)
         work = _Forward(*self.y.shape, 0, *map(_pointer, tensors), *settings, self.drive.data_ptr())
         return Stage("features", "forward", work, self.y.numel(), (*tensors, self.drive))
 
     def _lay_out_backward(self, affine: Affine, batch: int) -> None:
-        solver, features, bn = self.parts.solver, affine.operator.out_channels, self.parts.bn
+        solver, features, gamma = self.parts.solver, affine.operator.out_channels, self.values[2]
         dense = DenseMap(affine)
         self.jacobian = AnalyticLinearisation((dense,), (self.slope,))
         self.factors = (dense.adjoint_factor(self.slope),)
         self.terms, dimensions = solver.terms(torch.float32), min(solver.restart, solver.max_steps)
         self.gmres = PreparedGmres(self.factors, batch, features, self.terms, dimensions, own_memory=True)
         self.third = Sequence([dense.packing, self.gmres.stage])
-        gamma = None if bn is None else bn.weight
         tensors = (None, self.slope, self.through, self.y, self.gains[0], gamma, self.mean, self.scale)
         results = (self.to_response, self.to_y)
         self.back = _Backward(batch, features, 0, *map(_pointer, (*tensors, *results)))
@@ -230,7 +233,7 @@ class _Slot:
         if constraint is not None:
             self.u.copy_(constraint.u)
             self.v.copy_(constraint.v)
-        torch.mm(x, self.parts.w_in.t(), out=self.y)
+        torch.mm(x.detach(), cast(Tensor, self.values[0]).t(), out=self.y)
         self.second.run()
         if bn is not None and bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
@@ -245,9 +248,9 @@ class _Slot:
             return Solution.of(run, run.y)
         return solve(LinearProblem(self.jacobian.rmatvec, g, native=True, factors=self.factors), self.parts.solver)
 
-    def backward(self, v: Tensor, x: Tensor, needed: Ordered[bool]) -> list[Tensor | None]:
+    def backward(self, v: Tensor, x: Tensor | None, needed: Ordered[bool]) -> list[Tensor | None]:
         """Cotangents of x and the parameters from the solution v."""
-        _, b_in, gamma, beta, _, _, b = self.parts.parameters
+        w_in, b_in, gamma, beta, _, alpha, b = self.values
         vectors = [None if p is None else torch.empty_like(p) for p in (gamma, beta, b_in, b)]
         to_raw, to_alpha = torch.empty_like(self.to_weight), None
         self.back.v = v.data_ptr()
@@ -256,15 +259,13 @@ class _Slot:
             work = self.pull.work
             work.result, work.s, work.scale = to_raw.data_ptr(), self.step.work.s, self.scaled.work.scale
         self.fourth.run()
-        if self.pull is None:
+        if self.pull is None or alpha is None:
             to_raw = self.to_weight.clone()
         else:
-            constraint = cast(SpectralMatrix, self.parts.constraint)
-            inside = abs(float(constraint.alpha.detach())) <= constraint.bound
-            to_alpha = constraint.alpha.new_tensor(self.pull.work.p if inside else 0)
+            to_alpha = alpha.new_tensor(self.pull.work.p if bool(alpha.abs() <= self.bound) else 0)
         to_gamma, to_beta, to_b_in, to_b = vectors
-        to_x = self.to_y.mm(self.parts.w_in) if needed[0] else None
-        to_w_in = self.to_y.t().mm(x) if needed[1] else None
+        to_x = self.to_y.mm(cast(Tensor, w_in)) if needed[0] else None
+        to_w_in = self.to_y.t().mm(cast(Tensor, x)) if needed[1] else None
         return [to_x, to_w_in, to_b_in, to_gamma, to_beta, to_raw, to_alpha, to_b]
 
 
@@ -272,8 +273,10 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lease: _Lease, hooks: tuple[SolveHook, ...], x: Tensor, *parameters: Tensor | None) -> Tensor:
         ctx.lease, ctx.hooks = lease, hooks
-        # parameters are saved for autograd to see that they are still those of the forward
-        ctx.save_for_backward(x, *(p for p in parameters if p is not None))
+        # what the backward pass reads is saved for autograd to see that it is still that of the forward
+        to_x, to_w_in, *_ = ctx.needs_input_grad[2:]
+        w_in, _, gamma, _, raw, alpha, _ = parameters
+        ctx.save_for_backward(x if to_w_in else None, w_in if to_x else None, gamma, raw, alpha)
         return lease.slot.forward(x)
 
     @staticmethod

@@ -55,7 +55,7 @@ def step_(matrix: Tensor, u: Tensor, v: Tensor) -> float:
 
 def pull(g: Tensor, matrix: Tensor, u: Tensor, v: Tensor, s: float, scale: float) -> tuple[Tensor, float]:
     """(scale (g - p u v^T), p) with p = <g, M> / s, for contiguous g [rows, columns]."""
-    result = torch.empty(matrix.shape)
+    result = torch.empty_like(matrix)
     stage = pull_stage(g, matrix, u, v, result)
     stage.work.s, stage.work.scale = s, scale
     stage.run()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from networks import LIF, example_input, small_block, warmed_up
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from ide_snn import Anderson, Connection, FeedbackSNN, Gmres, NeuronParams, SNNIDEFCNet, native
 from ide_snn.bptt import Bptt
@@ -25,7 +25,7 @@ from ide_snn.config import load_config
 from ide_snn.dropout import VariationalDropout
 from ide_snn.models import initialise
 from ide_snn.normalization import batch_norms
-from ide_snn.optimizations import get_constraint
+from ide_snn.optimizations import get_constraint, raw_weight
 from ide_snn.run import train
 from ide_snn.solvers import Outcome, SolverWarning
 
@@ -192,11 +192,11 @@ def test_rates_are_the_users_own() -> None:
 
 
 def test_a_weight_changed_before_the_backward_is_an_error() -> None:
-    for name in ("input.op.weight", "feedback.op.parametrizations.weight.original"):
-        net = block()
+    for on in (False, True):
+        net = block(compile=on)
         rates = net(images())
         with torch.no_grad():
-            net.get_parameter(name).mul_(2)
+            net.get_parameter("feedback.op.parametrizations.weight.original").mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             rates.sum().backward()
 
@@ -226,6 +226,19 @@ def test_hooks_are_told_of_solves() -> None:
     torch.testing.assert_close(compiled.stats.residual, plain.stats.residual, rtol=1e-2, atol=1e-7)
 
 
+class OwnGmres(Gmres):
+    """Of a user, who may have changed anything."""
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def transpose_(weight: Tensor) -> None:
+    weight.data = weight.data.t()
+
+
 CHANGES: dict[str, Any] = {
     "time steps": lambda net: setattr(net, "time_steps", 2),
     "neuron": lambda net: setattr(net, "neuron", NeuronParams(1.0, 0.5)),
@@ -242,6 +255,15 @@ CHANGES: dict[str, Any] = {
     "other data": lambda net: setattr(net.input.op.weight, "data", -net.input.op.weight.data),
     "loaded": lambda net: net.load_state_dict({k: v * 0.9 for k, v in net.state_dict().items()}),
     "hook": lambda net: net.input.bn.register_forward_hook(lambda _m, _i, y: y * 2),
+    "bound": lambda net: setattr(get_constraint(net.feedback.op), "bound", 0.3),
+    "transposed": lambda net: transpose_(raw_weight(net.feedback.op)),
+    "no statistics": lambda net: setattr(net.input.bn, "track_running_stats", False),
+    "backward hook": lambda net: net.input.bn.register_full_backward_hook(lambda _m, given, _: (2 * given[0],)),
+    "hook of the constraint": lambda net: get_constraint(net.feedback.op).register_forward_hook(
+        lambda _m, _i, w: w / 2
+    ),
+    "solver of one's own": lambda net: setattr(net, "solver", OwnGmres(1e-3)),
+    "parametrized bias": lambda net: parametrize.register_parametrization(net.input.op, "bias", Doubled()),
     "frozen": lambda net: net.feedback.eval(),
     "other solver": lambda net: setattr(net, "solver", Anderson(1e-4, max_steps=100)),
 }
@@ -257,6 +279,80 @@ def test_changes_between_steps_are_seen(change: str) -> None:
         found.append(step(net, images()))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-6)
     assert_close(found[1][1], found[0][1])
+
+
+def test_a_parametrized_bias_of_the_feedback() -> None:
+    found = []
+    for on in (False, True):
+        net = block(compile=on, feedback_bias=True)
+        parametrize.register_parametrization(net.feedback.op, "bias", Doubled())
+        found.append([step(net, images()) for _ in range(2)])
+    for (expected, gradients), (rates, compiled) in zip(*found, strict=True):
+        torch.testing.assert_close(rates, expected, rtol=0, atol=1e-6)
+        assert_close(compiled, gradients)
+
+
+def test_alpha_at_its_bound_has_its_gradient() -> None:
+    found = []
+    for on in (False, True):
+        net = block(compile=on)
+        constraint = get_constraint(net.feedback.op)
+        constraint.bound = 0.1  # which float32 does not have
+        with torch.no_grad():
+            constraint.alpha.fill_(0.1)
+        found.append(step(net, images())[1])
+    assert found[0]["feedback.op.parametrizations.weight.0.alpha"].abs() > 1e-3
+    assert_close(found[1], found[0])
+
+
+def test_a_feedback_of_another_size_is_an_error_before_anything_is_computed() -> None:
+    for size in (20, 50):
+        net = FeedbackSNN(input=nn.Linear(21, 37), feedback=nn.Linear(37, size), precision="exact", compile=True)
+        with pytest.raises(ValueError, match=rf"output \[{size}\] must have the shape of population 1, \[37\]"):
+            net(images())
+
+
+def test_a_backward_on_more_threads_than_the_forward() -> None:
+    expected = step(block(200, 90), images(150, 90))[1]
+    try:
+        for _ in range(5):
+            net = block(200, 90)
+            rates = net(images(150, 90), generator=torch.Generator().manual_seed(0))
+            loss = (rates * torch.linspace(-1, 2, rates.numel()).view_as(rates)).sum()
+            torch.set_num_threads(4)
+            loss.backward()
+            torch.set_num_threads(1)
+            assert_close({n: p.grad for n, p in net.named_parameters() if p.grad is not None}, expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_the_default_type_of_new_tensors_does_not_matter(on: bool) -> None:
+    expected = step(block(compile=on), images())
+    net, x = block(compile=on), images()
+    weights = torch.linspace(-1, 2, 9 * 37).view(9, 37)
+    torch.set_default_dtype(torch.float64)
+    rates = net(x, generator=torch.Generator().manual_seed(0))
+    (rates * weights).sum().backward()
+    assert torch.equal(rates, expected[0])
+    assert_close({n: p.grad for n, p in net.named_parameters()}, expected[1])
+    assert is_compiled(net) == on
+
+
+def test_frozen_parts_need_not_stay_as_they_were() -> None:
+    found = []
+    for on in (False, True):
+        net, x = block(compile=on), images()
+        net.input.requires_grad_(False)
+        rates = net(x, generator=torch.Generator().manual_seed(0))
+        x.zero_()
+        with torch.no_grad():
+            net.input.op.bias.zero_()
+        rates.square().sum().backward()
+        found.append({n: p.grad for n, p in net.named_parameters() if p.grad is not None})
+    assert len(found[0]) == 2
+    assert_close(found[1], found[0])
 
 
 def test_few_plans_are_kept() -> None:
@@ -331,7 +427,7 @@ def test_input_that_is_not_finite_is_one_error_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match=r"input must have shape \[B, ...\]"):
         net(x[0])
     with pytest.raises(ValueError, match="does not fit the network"):
-        net(images()[:, :5])
+        net(images()[:, :5].contiguous())
     with pytest.raises(ValueError, match=r"convert with x.to\(torch.float32\)"):
         net(images().double())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

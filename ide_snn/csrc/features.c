@@ -1,5 +1,5 @@
 /* The input stage of a fully connected population behind its product: batch norm, dropout gain, and their derivatives;
- * ide_snn/compiled.py has the mathematics. Tensors are [samples][features]; threads take a few features, of all samples. */
+ * ide_snn/prepared_step.py has the mathematics. Tensors are [samples][features]; threads take a few features, of all samples. */
 
 #include <math.h>
 #include <stdint.h>

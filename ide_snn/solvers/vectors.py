@@ -207,7 +207,7 @@ class _Work(ctypes.Structure):
 
 def rescaled(b: Tensor) -> tuple[Tensor, Tensor, Array]:
     """(b / unit [G, N], unit [G], ||b / unit|| [G]) of b [G, N]; the unit is a power of two near the largest |b|."""
-    scaled, unit = torch.empty_like(b), torch.empty(len(b))
+    scaled, unit = torch.empty_like(b), b.new_empty(len(b))
     return scaled, unit, _once("rescale", b, b=b, y=scaled, unit=unit)
 
 
