@@ -152,7 +152,6 @@ class _Slot:
         self.gains = [vector() if dropout.drops else None for dropout in parts.dropouts]
         self.through = self.slope if self.gains[1] is None else vector()
         self.to_response = w_in.new_empty(features, batch)  # transposed, as a product takes it
-        self.to_weight = w_in.new_empty(features, features)  # of the weight in use
         weighing = self._lay_out_weight(raw)
         affine = Affine(parts.operator, self.weight, b, 1, self.gains[1], (features,))
         self._lay_out_forward(weighing, affine)
@@ -168,7 +167,7 @@ class _Slot:
         self.step = spectral.step_stage(raw, constraint.u, constraint.v)
         self.scaled = spectral.scaled_stage(raw, alpha, self.bound, self.step, self.weight)
         self.u, self.v = constraint.u.clone(), constraint.v.clone()  # those of this step: the next one changes them
-        self.pull = spectral.pull_stage(self.to_weight, raw, self.u, self.v, self.to_weight)
+        self.pull = spectral.pull_stage(raw, raw, self.u, self.v, raw)  # of a cotangent that each step has anew
         return [self.step, self.scaled]
 
     def _lay_out_forward(self, weighing: list[Stage], affine: Affine) -> None:
@@ -216,8 +215,8 @@ class _Slot:
         back = Stage("features", "backward", self.back, 4 * self.y.numel(), (*tensors, *results))
         # the weight's cotangent d^T a, by a product that skips the zeros of d
         rates = DenseMap(Affine(Operator("linear", features, batch), self.rates, None, 1, None, (features,)))
-        product = rates.adjoint_stage(self.to_response, self.to_weight, own_memory=True)
-        self.fourth = Sequence([back, rates.packing, product, *([] if self.pull is None else [self.pull])])
+        self.product = rates.adjoint_stage(self.to_response, self.weight, own_memory=True)  # as above
+        self.fourth = Sequence([back, rates.packing, self.product, *([] if self.pull is None else [self.pull])])
 
     def draw(self, x: Tensor, generator: Generator | None) -> None:
         """The keys of this step's masks."""
@@ -252,16 +251,16 @@ class _Slot:
         """Cotangents of x and the parameters from the solution v."""
         w_in, b_in, gamma, beta, _, alpha, b = self.values
         vectors = [None if p is None else torch.empty_like(p) for p in (gamma, beta, b_in, b)]
-        to_raw, to_alpha = torch.empty_like(self.to_weight), None
+        to_raw, to_alpha = torch.empty_like(self.weight), None
         self.back.v = v.data_ptr()
         self.back.to_gamma, self.back.to_beta, self.back.to_bias, self.back.to_feedback_bias = map(_pointer, vectors)
+        self.product.work.y = to_raw.data_ptr()
         if self.pull is not None:
             work = self.pull.work
-            work.result, work.s, work.scale = to_raw.data_ptr(), self.step.work.s, self.scaled.work.scale
+            work.g = work.result = to_raw.data_ptr()
+            work.s, work.scale = self.step.work.s, self.scaled.work.scale
         self.fourth.run()
-        if self.pull is None or alpha is None:
-            to_raw = self.to_weight.clone()
-        else:
+        if self.pull is not None and alpha is not None:
             to_alpha = alpha.new_tensor(self.pull.work.p if bool(alpha.abs() <= self.bound) else 0)
         to_gamma, to_beta, to_b_in, to_b = vectors
         to_x = self.to_y.mm(cast(Tensor, w_in)) if needed[0] else None

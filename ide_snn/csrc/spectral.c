@@ -88,7 +88,7 @@ void step(Work *w) {
     for (int64_t i = 0; i < rows; i++) w->u[i] = (float)(of_u[i] / w->s);
 }
 
-/* result = scale (g - p u v^T) with p = <g, M> / s. */
+/* result = scale (g - p u v^T) with p = <g, M> / s; it may be g. */
 void pull(Work *w) {
     int64_t rows = w->rows, columns = w->columns;
     FOR_CHUNKS(w->phases, (rows + ROWS - 1) / ROWS)
@@ -102,6 +102,7 @@ void pull(Work *w) {
         for (int64_t i = chunk * ROWS; i < rows && i < (chunk + 1) * ROWS; i++) {
             const float *g = w->g + i * columns, *v = w->v;
             float *to = w->result + i * columns, share = (float)(p * w->u[i]);
+#pragma GCC ivdep /* also where result is g itself */
             for (int64_t j = 0; j < columns; j++) to[j] = scale * (g[j] - share * v[j]);
         }
     if (!__atomic_exchange_n(&w->phases[0].padding[0], 1, __ATOMIC_RELAXED)) w->p = p;
