@@ -155,10 +155,17 @@ def test_the_input_has_its_gradient() -> None:
 
 
 def test_forwards_before_a_backward_keep_what_they_need() -> None:
-    net, inputs = block(), [images(), images().flip(0) / 2]
+    def unconverged() -> FeedbackSNN:
+        made = block()
+        constraint = get_constraint(made.feedback.op)
+        for vector in (constraint.u, constraint.v):  # so that every forward moves them far
+            vector.copy_(F.normalize(torch.linspace(-1, 2, 37), dim=0))
+        return made
+
+    net, inputs = unconverged(), [images(), images().flip(0) / 2]
     apart = []
     for number, x in enumerate(inputs):
-        twin = block()
+        twin = unconverged()
         for earlier in range(number):  # the constraint and batch norm have moved on
             twin(inputs[earlier], generator=torch.Generator().manual_seed(0))
         apart.append(step(twin, x)[1])
