@@ -6,7 +6,6 @@ import copy
 import io
 import logging
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 from ide_snn import Anderson, Connection, FeedbackSNN, Gmres, NeuronParams, SNNIDEFCNet, native
 from ide_snn.bptt import Bptt
-from ide_snn.config import load_config
+from ide_snn.checkpoint import load_checkpoint
+from ide_snn.config import config_from_dict, config_to_dict, load_config
+from ide_snn.config_errors import ConfigError
 from ide_snn.dropout import VariationalDropout
 from ide_snn.models import initialise
 from ide_snn.normalization import batch_norms
@@ -525,7 +526,19 @@ def test_from_the_configuration_to_the_result(tmp_path: Path, caplog: pytest.Log
     plain, compiled = (result.history[-1] if hasattr(result, "history") else result for result in results)
     assert compiled.test_accuracy_best == pytest.approx(plain.test_accuracy_best, abs=0.03)
     assert (tmp_path / "true" / "config.yaml").read_text().count("compile: true") == 1
-    with pytest.raises(Exception, match="compile"):
+    with pytest.raises(ConfigError, match="'perhaps' is not a valid bool"):
         load_config(["compile=perhaps"])
-    saved = replace(load_config(tiny))
-    assert saved.compile is False
+    before_there_was_one = config_to_dict(load_config(tiny))
+    assert before_there_was_one.pop("compile") is False
+    assert config_from_dict(before_there_was_one).compile is False
+
+
+def test_a_resumed_run_is_as_one_never_stopped(tmp_path: Path) -> None:
+    tiny = [
+        *("model.hidden=32", "time_steps=3", "dataset.train_limit=300", "dataset.test_limit=100", "schedule=none"),
+        *("trainer.threads=null", "trainer.progress=false", "device=cpu", "precision=fast", "compile=true"),
+    ]
+    for run, epochs in (("whole", 3), ("parts", 1), ("parts", 3)):
+        train(load_config([*tiny, f"trainer.epochs={epochs}", "resume=auto"]), tmp_path / run)
+    whole, parts = (load_checkpoint(tmp_path / run / "checkpoints" / "last.pt").model for run in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
