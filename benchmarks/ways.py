@@ -240,10 +240,8 @@ def dense_gradient(operator: Operator, _weight: Tensor, x: Tensor, y: Tensor | N
     """The same kernel for y^T x, which skips the zeros of y where there are many."""
     assert y is not None
     layer = Operator("linear", operator.in_channels, len(x))
-    product, transposed = (
-        DenseMap(Affine(layer, x.float().contiguous(), None, 1, None, x.shape[1:])),
-        y.float().t().contiguous(),
-    )
+    product = DenseMap(Affine(layer, x.float().contiguous(), None, 1, None, x.shape[1:]))
+    transposed = y.float().t().contiguous()
     return lambda: product.adjoint(transposed)
 
 

@@ -20,6 +20,7 @@ from ide_snn.solvers.vectors import Factor, lines
 
 # Samples that share each reading of the weight; their vectors fit the second-level cache.
 TOGETHER = 32
+SPARE = 7  # of csrc/vectors.h
 
 
 class _Pack(ctypes.Structure):
@@ -80,31 +81,24 @@ class DenseMap:
 
     @functools.cached_property
     def packing(self) -> Stage:
-        """The kernel that has packed W, for when the numbers of W have changed."""
-        stage, _ = self._packing
-        stage.run()
-        return stage
+        """The kernel that has packed W into the last tensor of `keep`, for when the numbers of W have changed.
 
-    @property
-    def _packed(self) -> Tensor:
-        """W as blocks [outputs of W^T / columns][inputs of W^T][columns], zero behind the last output."""
-        self.packing  # noqa: B018  (at its first use)
-        return self._packing[1]
-
-    @functools.cached_property
-    def _packing(self) -> tuple[Stage, Tensor]:
+        In blocks [outputs of W^T / columns][inputs of W^T][columns], zero behind the last output.
+        """
         weight = self.affine.weight.contiguous()
         columns = int(native.library("dense").columns())
         inputs, outputs = weight.shape
         blocks = 2 * -(-outputs // (2 * columns))  # kernels may read two at a time
         packed = weight.new_empty(blocks, inputs, columns)
         work = _Pack(inputs, outputs, blocks, weight.data_ptr(), packed.data_ptr(), 0)
-        return Stage("dense", "pack", work, packed.numel(), (weight, packed)), packed
+        stage = Stage("dense", "pack", work, packed.numel(), (weight, packed))
+        stage.run()
+        return stage
 
     def adjoint_factor(self, scale: Tensor | None) -> Factor:
         """y -> W^T (scale * y) of single samples, for solves."""
         inputs, outputs = self.affine.weight.shape
-        packed, scale = self._packed, None if scale is None else scale.contiguous()
+        packed, scale = self.packing.keep[-1], None if scale is None else scale.contiguous()
         work = _Dense(inputs, outputs, packed.data_ptr(), None if scale is None else scale.data_ptr())
-        keep = (packed, scale)
-        return Factor("dense", "multiply", work, keep, outputs, TOGETHER, scratch_each=8 * (inputs + 8))
+        each = 8 * (inputs + 1 + SPARE)  # a number and its place, for every input
+        return Factor("dense", "multiply", work, (packed, scale), outputs, TOGETHER, scratch_each=each)

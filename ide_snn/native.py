@@ -16,8 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Ordered
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +157,7 @@ class Stage:
         run(self.library, self.kernel, self.work, self.elements)
 
 
-class Sequence:
+class Stages:
     """Stages to be run again and again, one after the other on threads that are woken once.
 
     Their works keep their addresses. Before every run what kernels have counted in them is put back to 0. Threads are
@@ -256,7 +255,7 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
-def _compile(compiler: str, flags: Ordered[str], source: Path, target: Path) -> None:
+def _compile(compiler: str, flags: Sequence[str], source: Path, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # into a file of its own, then renamed: two runs may compile at the same time

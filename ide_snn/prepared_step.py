@@ -22,7 +22,7 @@ Float32 on a CPU. Source: Xiao et al., NeurIPS 2021, sections 4.2 to 4.4.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,7 +38,7 @@ from ide_snn.event_driven import EventConnection
 from ide_snn.firing import fire_stage, rate_stage
 from ide_snn.implicit import SolveHook, report
 from ide_snn.layers import Affine
-from ide_snn.native import Sequence, Stage
+from ide_snn.native import Stage, Stages
 from ide_snn.neurons import NeuronParams
 from ide_snn.operators import Operator
 from ide_snn.optimizations import SpectralMatrix
@@ -177,14 +177,14 @@ class _Slot:
             None if gain is None else dropout.draw_stage(gain)
             for gain, dropout in zip(self.gains, self.parts.dropouts, strict=True)
         ]
-        self.first = Sequence([*weighing, connection.packing, *filter(None, self.draws)])
+        self.first = Stages([*weighing, connection.packing, *filter(None, self.draws)])
         response, total = torch.empty_like(self.y), neuron.total_weight(steps)
         u, spikes, weighted = (torch.empty_like(self.y, dtype=dtype) for dtype in (None, torch.uint8, None))
         states = [_State(u, spikes, weighted, response)]
         simulation = event_driven.stages(
             [connection], states, self.drive, neuron, steps, from_rest=True, share=1 / total, own_memory=True
         )
-        self.second = Sequence(
+        self.second = Stages(
             [
                 self._normalisation(of_input),
                 *simulation,
@@ -208,7 +208,7 @@ class _Slot:
         self.factors = (dense.adjoint_factor(self.slope),)
         self.terms, dimensions = solver.terms(torch.float32), min(solver.restart, solver.max_steps)
         self.gmres = PreparedGmres(self.factors, batch, features, self.terms, dimensions, own_memory=True)
-        self.third = Sequence([dense.packing, self.gmres.stage])
+        self.third = Stages([dense.packing, self.gmres.stage])
         tensors = (None, self.slope, self.through, self.y, self.gains[0], gamma, self.mean, self.scale)
         results = (self.to_response, self.to_y)
         self.back = _Backward(batch, features, 0, *map(_pointer, (*tensors, *results)))
@@ -216,7 +216,7 @@ class _Slot:
         # the weight's cotangent d^T a, by a product that skips the zeros of d
         rates = DenseMap(Affine(Operator("linear", features, batch), self.rates, None, 1, None, (features,)))
         self.product = rates.adjoint_stage(self.to_response, self.weight, own_memory=True)  # as above
-        self.fourth = Sequence([back, rates.packing, self.product, *([] if self.pull is None else [self.pull])])
+        self.fourth = Stages([back, rates.packing, self.product, *([] if self.pull is None else [self.pull])])
 
     def draw(self, x: Tensor, generator: Generator | None) -> None:
         """The keys of this step's masks."""
@@ -247,7 +247,7 @@ class _Slot:
             return Solution.of(run, run.y)
         return solve(LinearProblem(self.jacobian.rmatvec, g, native=True, factors=self.factors), self.parts.solver)
 
-    def backward(self, v: Tensor, x: Tensor | None, needed: Ordered[bool]) -> list[Tensor | None]:
+    def backward(self, v: Tensor, x: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
         """Cotangents of x and the parameters from the solution v."""
         w_in, b_in, gamma, beta, _, alpha, b = self.values
         vectors = [None if p is None else torch.empty_like(p) for p in (gamma, beta, b_in, b)]

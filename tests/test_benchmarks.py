@@ -111,6 +111,12 @@ def test_floor_takes_the_tensors_of_the_step(case: str) -> None:
         assert float(a.mean_x.max()) <= 1.0001
         assert int((a.y == 0).sum()) > 0  # silent neurons and dropout
     assert torch.equal(links[-1].y == 0, (links[-1].y == 0) | (gradient == 0))
+    # batch norm's gradient leaves no number 0, and sums to 0 over all of a channel
+    assert (stage.y != 0).float().mean() > 0.99
+    sums = stage.y.transpose(0, 1).flatten(1).sum(1)
+    torch.testing.assert_close(sums, torch.zeros_like(sums), rtol=0, atol=1e-4)
+        stage.y.transpose(0, 1).flatten(1).sum(1), torch.zeros(stage.y.shape[1]), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("case", SMALL)

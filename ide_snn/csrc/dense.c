@@ -1,7 +1,7 @@
 /* Products of a few vectors with a dense matrix in float32, as the factors of a solve (csrc/krylov.c).
  *
- * Every number of a product has one sum over the inputs, in their order, whatever other vectors are multiplied with it: the
- * result does not depend on how samples are put together, nor on the number of threads.
+ * The order of a sum over the inputs depends on the zeros of its own sample alone, whatever other vectors are multiplied with
+ * it: the result does not depend on how samples are put together, nor on the number of threads.
  */
 
 #include "vectors.h"
