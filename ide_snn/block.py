@@ -6,18 +6,19 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ide_snn import event_driven
+from ide_snn import event_driven, integers
 from ide_snn.bptt import Bptt, Frames, through_time
 from ide_snn.compiled import CompiledSteps
 from ide_snn.equilibrium import EquilibriumMap
 from ide_snn.implicit import GRADIENTS, Gradient, Implicit, SolveHook, attach_gradient
 from ide_snn.kernels import available
-from ide_snn.layers import Connection, FixedConnection
+from ide_snn.layers import Apply, Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, require_finite, step_, time_average
 from ide_snn.operators import Operator
 from ide_snn.precision import Precision, products_rounded, require_precision, why_no_tf32
@@ -343,9 +344,11 @@ class _Moment:
                 "an input stage of your own cannot contain batch norm when the input has time: its training "
                 "statistics are those of the mean input; use Connection(nn.Conv2d(...), batch_norm=True)"
             )
-        operator, apply = first.operator, Operator.apply
+        operator, apply = first.operator, cast(Apply, Operator.apply)
         if operator is not None and operator.has_few_inputs and block.precision != "float32" and not x.is_cuda:
             apply = Operator.apply_by_columns
+        elif integers.suits(operator, block.precision, x):
+            apply = integers.apply
         drive = first.respond(mean_input, "batch", update_running=True, apply=apply)
         value = drive.detach()
         at = None

@@ -10,13 +10,13 @@ import ctypes
 import functools
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ide_snn import native
 from ide_snn.layers import Affine
 from ide_snn.native import Stage
-from ide_snn.solvers.vectors import Factor, lines
+from ide_snn.products import product
+from ide_snn.solvers.vectors import Factor
 
 # Samples that share each reading of the weight; their vectors fit the second-level cache.
 TOGETHER = 32
@@ -38,15 +38,6 @@ class _Dense(ctypes.Structure):
     ]
 
 
-class _Product(ctypes.Structure):
-    _fields_ = [
-        ("factor", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("batch", "together")),
-        *((name, ctypes.c_void_p) for name in ("x", "y", "memory")),
-        *((name, ctypes.c_int64) for name in ("room", "next", "threads")),
-    ]
-
-
 @dataclass(frozen=True)
 class DenseMap:
     """The linear part of a fully connected layer without gain, W [out, in], and its adjoint; packed when first used."""
@@ -59,25 +50,8 @@ class DenseMap:
 
     def adjoint(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
         """W^T (scale * y)."""
-        y, (outputs, inputs) = y.contiguous(), self.affine.weight.shape
-        assert y.shape[1:] == (outputs,)  # the kernel would read past it
-        x = y.new_empty(len(y), inputs)
-        self.adjoint_stage(y, x, scale).run()
-        return x
-
-    def adjoint_stage(self, y: Tensor, x: Tensor, scale: Tensor | None = None, *, own_memory: bool = False) -> Stage:
-        """The kernel of x = W^T (scale * y) for contiguous tensors [B, out] and [B, in].
-
-        Args:
-            own_memory: with scratch memory of its own, to be run at any time.
-        """
-        factor, threads = self.adjoint_factor(scale), torch.get_num_threads()
-        together = max(1, min(TOGETHER, -(-len(y) // threads)))
-        room = lines(together * factor.scratch_each)
-        memory = torch.empty(threads * room, dtype=torch.uint8) if own_memory else native.scratch(threads * room)
-        pointers = (y.data_ptr(), x.data_ptr(), memory.data_ptr())
-        work = _Product(ctypes.addressof(factor.work), len(y), together, *pointers, room, 0, 0)
-        return Stage("dense", "product", work, self.affine.weight.numel(), (factor, y, x, memory))
+        assert y.shape[1:] == (len(self.affine.weight),)  # the kernel would read past it
+        return product(self.adjoint_factor(scale), y)
 
     @functools.cached_property
     def packing(self) -> Stage:

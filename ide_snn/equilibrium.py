@@ -11,6 +11,7 @@ Source: Xiao et al., NeurIPS 2021, sections 4.1 to 4.3.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -25,7 +26,7 @@ from ide_snn.firing import fire, fire_
 from ide_snn.layers import Affine, FixedConnection
 from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
-from ide_snn.precision import Precision
+from ide_snn.precision import Precision, rounds_gradients
 from ide_snn.simulation import EVENT_PATHS, Path
 from ide_snn.solvers import LinearProblem
 from ide_snn.solvers.vectors import Factor
@@ -63,7 +64,7 @@ class EquilibriumMap:
         neuron: threshold and leak (f depends on the threshold only).
         path: how the simulation was computed; with events the analytic products of J with convolutions skip the zeros
             of the slopes, and solves use compiled vector work.
-        precision: of float32 products on a GPU, see `ide_snn.precision`.
+        precision: of float32 products on a GPU, and of gradients, see `ide_snn.precision`.
     """
 
     feedback: FixedConnection
@@ -87,6 +88,11 @@ class EquilibriumMap:
         """True where f with batch statistics makes a sample's rates depend on the others'."""
         return any(link.connection.uses_batch_statistics for link in self.chain)
 
+    @property
+    def rounds_gradients(self) -> bool:
+        """True where the gradients of event-driven paths are those of `operator_gradients(..., rounded=True)`."""
+        return rounds_gradients(self.precision, self.drive.device)
+
     def __call__(self, a: Tensor, statistics: Statistics, *, update_running: bool = False) -> Tensor:
         """f(a), differentiable in a, the drive and the connections' parameters; [B, *]."""
         return sigma(self.activations(a, statistics, update_running=update_running)[-1])
@@ -106,9 +112,10 @@ class EquilibriumMap:
         Uses batch statistics and updates the running ones, as a training forward does.
         """
         slopes = []
+        apply = functools.partial(event_driven.apply, rounded=self.rounds_gradients)
         for link, drive in zip(self.chain, (self.drive, *(None for _ in self.layers)), strict=True):
             linear = replace(link, gain=None)
-            response = linear.respond(a, "batch", update_running=True, apply=event_driven.apply)
+            response = linear.respond(a, "batch", update_running=True, apply=apply)
             if link.connection.bn is not None and link.connection.bn._forward_hooks:
                 response = response.clone()  # a hook may have kept it
             a, slope = fire(response, link.gain, drive, self.neuron.v_threshold)

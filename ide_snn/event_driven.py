@@ -51,7 +51,7 @@ SPARSE = 0.5  # share of numbers that are not 0 up to which a walk over them is 
 def why_not(maps: Sequence[object]) -> str | None:
     """None where the event-driven kernels can take all of `maps`, else the reason."""
     reasons = (_why_not(affine) for affine in maps)
-    unavailable = (native.why_unavailable(name) for name in ("events", "krylov", "elementwise", "dense"))
+    unavailable = (native.why_unavailable(name) for name in ("events", "krylov", "elementwise", "dense", "product"))
     return next((reason for reason in (*reasons, *unavailable) if reason), None)
 
 
@@ -188,28 +188,34 @@ def is_sparse(x: Tensor) -> bool:
     return int(torch.count_nonzero(some)) < SPARSE * some.numel()
 
 
-def apply(operator: Operator, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`operator.apply`, differentiable once, by a walk over x where it is sparse."""
-    if operator.kind == "linear" or not is_sparse(x):
+def apply(operator: Operator, x: Tensor, weight: Tensor, bias: Tensor | None, *, rounded: bool = False) -> Tensor:
+    """`operator.apply`, differentiable once, by a walk over x where it is sparse.
+
+    Args:
+        rounded: the gradients of convolutions, see `operator_gradients`.
+    """
+    if operator.kind == "linear":
         return operator.apply(x, weight, bias)
-    y: Tensor = _Walk.apply(x, weight, bias, operator)
+    y: Tensor = _Convolution.apply(x, weight, bias, operator, rounded)
     return y
 
 
-class _Walk(torch.autograd.Function):
-    """K x + b by a walk; its backward pass by torch's dense convolutions."""
+class _Convolution(torch.autograd.Function):
+    """K x + b, where x is sparse by a walk; its backward pass by torch's dense convolutions."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operator: Operator) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operator: Operator, rounded: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.operator = operator
+        ctx.operator, ctx.rounded = operator, rounded
+        if not is_sparse(x):
+            return operator.apply(x, weight, bias)
         return EventConnection(Affine(operator, weight, bias, 1, None, tuple(x.shape[1:])))(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        return *operator_gradients(ctx.operator, x, grad, weight, ctx.needs_input_grad[:3]), None
+        (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        return *operator_gradients(ctx.operator, x, grad, weight, needs, rounded=ctx.rounded), None, None
 
 
 @dataclass(frozen=True)

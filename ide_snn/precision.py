@@ -15,6 +15,7 @@ Where the machine lacks what a precision needs, the dense products are taken and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
@@ -37,6 +38,18 @@ def why_no_tf32(device: torch.device) -> str | None:
         return "TF32 is for GPUs of NVIDIA"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"compute capability {major}.{minor}, TF32 needs 8.0"
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """True where the processor has instructions for products of bfloat16: elsewhere float32's are faster."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
+
+
+def rounds_gradients(precision: str, device: torch.device) -> bool:
+    """True where gradients of convolutions on `device` are computed from factors rounded to bfloat16."""
+    return precision == "fast" and device.type == "cpu" and multiplies_bfloat16()
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:

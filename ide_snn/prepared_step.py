@@ -15,6 +15,7 @@ products that torch computes:
     dL/dW_fb = d^T a, and from it dL/dW and dL/dalpha                                    1 call
     dL/dW_in = (dL/dy)^T x                                                               torch
 
+Where the products of the input stage are in whole numbers (`ide_snn.integers`), they are part of the calls beside them.
 Vectors are [B, N]. The numbers are those of the step that is not compiled, up to the rounding of sums.
 Float32 on a CPU. Source: Xiao et al., NeurIPS 2021, sections 4.2 to 4.4.
 """
@@ -37,11 +38,13 @@ from ide_snn.equilibrium import AnalyticLinearisation
 from ide_snn.event_driven import EventConnection
 from ide_snn.firing import fire_stage, rate_stage
 from ide_snn.implicit import SolveHook, report
+from ide_snn.integers import IntegerProduct
 from ide_snn.layers import Affine
 from ide_snn.native import Stage, Stages
 from ide_snn.neurons import NeuronParams
 from ide_snn.operators import Operator
 from ide_snn.optimizations import SpectralMatrix
+from ide_snn.products import product_stage
 from ide_snn.simulation import Path
 from ide_snn.solvers import Gmres, LinearProblem, Solution, solve
 from ide_snn.solvers.vectors import PreparedGmres
@@ -61,7 +64,7 @@ class _Backward(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("samples", "features", "next")),
         *((name, ctypes.c_void_p) for name in ("v", "slope", "through", "x", "gain", "gamma", "mean", "scale")),
-        *((name, ctypes.c_void_p) for name in ("to_response", "to_x", "to_gamma", "to_beta")),
+        *((name, ctypes.c_void_p) for name in ("to_response", "to_x", "turned", "to_gamma", "to_beta")),
         *((name, ctypes.c_void_p) for name in ("to_bias", "to_feedback_bias")),
     ]
 
@@ -82,6 +85,7 @@ class Parts:
     time_steps: int
     solver: Gmres
     path: Path
+    in_integers: bool  # products of the input stage, see `ide_snn.integers`
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
@@ -142,6 +146,7 @@ class _Slot:
         w_in, *_, raw, _, b = self.values
         assert w_in is not None  # the two weights are always there
         assert raw is not None
+        self._w_in = w_in
         features = len(w_in)
 
         def vector() -> Tensor:
@@ -151,7 +156,8 @@ class _Slot:
         self.mean, self.scale = w_in.new_empty(features), w_in.new_empty(features)
         self.gains = [vector() if dropout.drops else None for dropout in parts.dropouts]
         self.through = self.slope if self.gains[1] is None else vector()
-        self.to_response = w_in.new_empty(features, batch)  # transposed, as a product takes it
+        # transposed, as products take it
+        self.to_response, self.to_y_turned = (w_in.new_empty(features, batch) for _ in range(2))
         weighing = self._lay_out_weight(raw)
         affine = Affine(parts.operator, self.weight, b, 1, self.gains[1], (features,))
         self._lay_out_forward(weighing, affine)
@@ -177,21 +183,26 @@ class _Slot:
             None if gain is None else dropout.draw_stage(gain)
             for gain, dropout in zip(self.gains, self.parts.dropouts, strict=True)
         ]
-        self.first = Stages([*weighing, connection.packing, *filter(None, self.draws)])
+        before = [*weighing, connection.packing, *filter(None, self.draws)]
         response, total = torch.empty_like(self.y), neuron.total_weight(steps)
         u, spikes, weighted = (torch.empty_like(self.y, dtype=dtype) for dtype in (None, torch.uint8, None))
         states = [_State(u, spikes, weighted, response)]
         simulation = event_driven.stages(
             [connection], states, self.drive, neuron, steps, from_rest=True, share=1 / total, own_memory=True
         )
-        self.second = Stages(
-            [
-                self._normalisation(of_input),
-                *simulation,
-                rate_stage(states, total, self.rates),
-                fire_stage(response, of_feedback, self.drive, self.slope, self.through, neuron.v_threshold),
-            ]
-        )
+        behind = [
+            self._normalisation(of_input),
+            *simulation,
+            rate_stage(states, total, self.rates),
+            fire_stage(response, of_feedback, self.drive, self.slope, self.through, neuron.v_threshold),
+        ]
+        self.response = None  # of the input stage, in whole numbers
+        if self.parts.in_integers:
+            features, inputs = self._w_in.shape
+            self.response = IntegerProduct(len(self.y), inputs, features, by_outputs=True, own_memory=True)
+            self.forth = [Stages([*before, *self.response.stages, *behind])]
+        else:
+            self.forth = [Stages(before), Stages(behind)]
 
     def _normalisation(self, gain: Tensor | None) -> Stage:
         bn, (_, b_in, gamma, beta, *_) = self.parts.bn, self.values
@@ -210,13 +221,18 @@ class _Slot:
         self.gmres = PreparedGmres(self.factors, batch, features, self.terms, dimensions, own_memory=True)
         self.third = Stages([dense.packing, self.gmres.stage])
         tensors = (None, self.slope, self.through, self.y, self.gains[0], gamma, self.mean, self.scale)
-        results = (self.to_response, self.to_y)
+        results = (self.to_response, self.to_y, self.to_y_turned)
         self.back = _Backward(batch, features, 0, *map(_pointer, (*tensors, *results)))
         back = Stage("features", "backward", self.back, 4 * self.y.numel(), (*tensors, *results))
         # the weight's cotangent d^T a, by a product that skips the zeros of d
         rates = DenseMap(Affine(Operator("linear", features, batch), self.rates, None, 1, None, (features,)))
-        self.product = rates.adjoint_stage(self.to_response, self.weight, own_memory=True)  # as above
-        self.fourth = Stages([back, rates.packing, self.product, *([] if self.pull is None else [self.pull])])
+        self.product = product_stage(rates.adjoint_factor(None), features, batch, own_memory=True)
+        self.product.work.x = self.to_response.data_ptr()
+        stages = [back, rates.packing, self.product, *([] if self.pull is None else [self.pull])]
+        self.fourth, self.to_w_in = Stages(stages), None
+        if self.parts.in_integers:
+            self.to_w_in = IntegerProduct(features, batch, self._w_in.shape[1], own_memory=True)
+            self.fifth = Stages([*stages, *self.to_w_in.stages])
 
     def draw(self, x: Tensor, generator: Generator | None) -> None:
         """The keys of this step's masks."""
@@ -228,12 +244,16 @@ class _Slot:
     def forward(self, x: Tensor) -> Tensor:
         """The rates of inputs x [B, inputs]."""
         bn, constraint = self.parts.bn, self.parts.constraint
-        self.first.run()
+        if self.response is not None:
+            self.response.take(x, self._w_in, self.y)
+        self.forth[0].run()
         if constraint is not None:
             self.u.copy_(constraint.u)
             self.v.copy_(constraint.v)
-        torch.mm(x.detach(), cast(Tensor, self.values[0]).t(), out=self.y)
-        self.second.run()
+        if self.response is None:
+            torch.mm(x.detach(), self._w_in.t(), out=self.y)
+        for stages in self.forth[1:]:
+            stages.run()
         if bn is not None and bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
         return self.rates.clone()  # the user's, who may change it
@@ -249,7 +269,7 @@ class _Slot:
 
     def backward(self, v: Tensor, x: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
         """Cotangents of x and the parameters from the solution v."""
-        w_in, b_in, gamma, beta, _, alpha, b = self.values
+        _, b_in, gamma, beta, _, alpha, b = self.values
         vectors = [None if p is None else torch.empty_like(p) for p in (gamma, beta, b_in, b)]
         to_raw, to_alpha = torch.empty_like(self.weight), None
         self.back.v = v.data_ptr()
@@ -259,12 +279,18 @@ class _Slot:
             work = self.pull.work
             work.g = work.result = to_raw.data_ptr()
             work.s, work.scale = self.step.work.s, self.scaled.work.scale
-        self.fourth.run()
+        to_w_in = torch.empty_like(self._w_in) if needed[1] else None
+        if to_w_in is not None and self.to_w_in is not None:
+            self.to_w_in.take(self.to_y_turned, cast(Tensor, x), to_w_in)
+            self.fifth.run()
+        else:
+            self.fourth.run()
+            if to_w_in is not None:
+                torch.mm(self.to_y_turned, cast(Tensor, x), out=to_w_in)
         if self.pull is not None and alpha is not None:
             to_alpha = alpha.new_tensor(self.pull.work.p if bool(alpha.abs() <= self.bound) else 0)
         to_gamma, to_beta, to_b_in, to_b = vectors
-        to_x = self.to_y.mm(cast(Tensor, w_in)) if needed[0] else None
-        to_w_in = self.to_y.t().mm(cast(Tensor, x)) if needed[1] else None
+        to_x = self.to_y.mm(self._w_in) if needed[0] else None
         return [to_x, to_w_in, to_b_in, to_gamma, to_beta, to_raw, to_alpha, to_b]
 
 

@@ -231,14 +231,16 @@ def unpack_bits(bits: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Ten
 
 
 def operator_gradients(
-    operator: Operator, x: Tensor, y: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+    operator: Operator, x: Tensor, y: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], *, rounded: bool = False
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of K(W) x + b in x, W and b for the gradient y of its value; None where `needs` does not ask.
 
-    One call of what torch's own backward calls, so that they are the same to the last bit.
+    One call of what torch's own backward calls, so that they are the same to the last bit, unless rounded.
 
     Args:
         x: [B, C, H, W] ([B, C] for linear); y has the shape of the operator's response.
+        rounded: of convolutions the factors, and the gradients of x and W, are rounded to bfloat16
+            (`precision.rounds_gradients`); sums are float32.
     """
     if operator.kind == "linear":
         return (
@@ -248,6 +250,12 @@ def operator_gradients(
         )
     transposed = operator.kind == "conv_transposed"
     geometry = (operator.stride, operator.padding, operator.dilation, transposed, operator.output_padding)
+    if rounded:
+        half = (tensor.to(torch.bfloat16) for tensor in (y, x, weight))
+        wanted = (needs[0], needs[1], False)
+        both = torch.ops.aten.convolution_backward(*half, None, *geometry, operator.groups, wanted)
+        to_x, to_weight = (None if found is None else found.to(y.dtype) for found in both[:2])
+        return to_x, to_weight, y.sum((0, 2, 3)) if needs[2] else None
     sizes = [operator.out_channels] if needs[2] else None
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
         y, x, weight, sizes, *geometry, operator.groups, needs

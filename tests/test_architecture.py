@@ -31,6 +31,8 @@ LAYERS = [
     "normalization",
     "layers",
     "links",
+    "products",
+    "integers",
     "dense",
     "event_works",
     "event_driven",

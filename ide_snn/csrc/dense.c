@@ -143,30 +143,3 @@ void multiply(const Dense *k, char *scratch, int64_t count, const int64_t *sampl
             }
     }
 }
-
-typedef struct {
-    const Dense *factor;
-    int64_t batch, together; /* samples, and those that a thread takes at a time */
-    const float *x;          /* [batch][inputs] */
-    float *y;                /* [batch][outputs] */
-    char *memory;
-    int64_t room;            /* bytes of a thread's scratch memory */
-    int64_t next, threads;   /* sample to be taken by the next thread, and threads that have memory; both start at 0 */
-} Product;
-
-/* y = (scale * x) weight for all samples. */
-void product(Product *w) {
-    const Dense *k = w->factor;
-    char *scratch = w->memory + __atomic_fetch_add(&w->threads, 1, __ATOMIC_RELAXED) * w->room;
-    for (int64_t first; (first = __atomic_fetch_add(&w->next, w->together, __ATOMIC_RELAXED)) < w->batch;) {
-        int64_t count = w->batch - first < w->together ? w->batch - first : w->together, samples[count];
-        const float *x[count];
-        float *y[count];
-        for (int64_t i = 0; i < count; i++) {
-            samples[i] = first + i;
-            x[i] = w->x + (first + i) * k->inputs;
-            y[i] = w->y + (first + i) * k->outputs;
-        }
-        multiply(k, scratch, count, samples, x, y);
-    }
-}

@@ -84,6 +84,7 @@ typedef struct {
     const float *x, *gain;          /* as above */
     const float *gamma, *mean, *scale;
     float *to_response, *to_x;      /* results; the first [features][samples] */
+    float *turned;                  /* [features][samples] to_x once more, or NULL */
     float *to_gamma, *to_beta;      /* [features] results */
     float *to_bias, *to_feedback_bias; /* [features] results, or NULL */
 } Backward;
@@ -133,6 +134,9 @@ static inline __attribute__((always_inline)) void backward_some(Backward *w, int
             for (int64_t j = 0; j < n; j++) of_x[j] += some[j];
         }
     }
+    if (w->turned)
+        for (int64_t c = 0; c < samples; c++)
+            for (int64_t j = 0; j < n; j++) w->turned[(first + j) * samples + c] = to_x[c * stride + j];
     for (int64_t j = 0; j < n; j++) {
         int64_t c = first + j;
         if (w->gamma) {

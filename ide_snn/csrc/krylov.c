@@ -4,6 +4,7 @@
  */
 
 #include <math.h>
+#include "apply.h"
 #include "vectors.h"
 
 typedef double Wide __attribute__((vector_size(8 * WIDTH)));
@@ -86,10 +87,7 @@ void rescale(Work *w) {
     }
 }
 
-/* One factor of A as a kernel: y[i] = its product with x[i] for samples[i] of the batch, i < count. */
-typedef void (*Apply)(const void *factor, char *scratch, int64_t count, const int64_t *samples, const float *const *x,
-                      float *const *y);
-
+/* One factor of A. */
 typedef struct {
     Apply apply;
     const void *factor;

@@ -1,0 +1,278 @@
+/* Products of vectors with a dense matrix in whole numbers: factors of 16 bits, sums of 32 bits, twice as many to a register as
+ * in float32. ide_snn/integers.py has the mathematics.
+ *
+ *     y_j = unit unit_j sum over p of k_p k_pj        x_p = unit k_p, unit = max |x| / LEVELS        W_pj = unit_j k_pj
+ *
+ * each rounded to nearest. The units are so large that no sum can overflow. Sums are exact: the same in any order.
+ */
+
+#include "vectors.h"
+
+/* A tile of ROWS vectors and COLUMNS outputs, whose sums stay in registers. */
+#if defined(__AVX512BW__)
+#define ROWS 8
+typedef __m512i Sums;
+#define load(p) _mm512_loadu_si512(p)
+#define same(pair) _mm512_set1_epi32(pair)
+#if defined(__AVX512VNNI__)
+#define add_products(sum, x, w) _mm512_dpwssd_epi32(sum, x, w)
+#else
+#define add_products(sum, x, w) _mm512_add_epi32(sum, _mm512_madd_epi16(x, w))
+#endif
+#elif defined(__AVX2__)
+#define ROWS 4
+typedef __m256i Sums;
+#define load(p) _mm256_loadu_si256((const __m256i *)(p))
+#define same(pair) _mm256_set1_epi32(pair)
+#if defined(__AVXVNNI__)
+#define add_products(sum, x, w) _mm256_dpwssd_avx_epi32(sum, x, w)
+#else
+#define add_products(sum, x, w) _mm256_add_epi32(sum, _mm256_madd_epi16(x, w))
+#endif
+#endif
+#define VECTORS 2
+#define COLUMNS (VECTORS * WIDTH)
+
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+
+#define LEVELS 4095     /* of a vector: 12 bits and a sign */
+#define MOST 524416     /* (2^31 - 1) / LEVELS: the sum of the absolute levels of an output's weights */
+#define LARGEST 32767   /* of them */
+#define SMALL 0x1p-100f /* numbers below are brought to the middle of float32's range first */
+
+/* The bits of x + NEAREST end in those of the whole number nearest to x, of 16 bits. */
+#define NEAREST 0x1.8p23f
+
+static inline uint32_t nearest(float x) {
+    uint32_t bits;
+    x += NEAREST;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline int32_t pair(float first, float second) { return (int32_t)(nearest(second) << 16 | (nearest(first) & 0xffff)); }
+
+typedef struct {
+    int64_t inputs, outputs;
+    const int32_t *weight; /* [blocks][pairs of inputs][COLUMNS], two of 16 bits in each; zero behind the last input and output */
+    const float *unit;     /* [blocks * COLUMNS], divided by LEVELS */
+} Whole;
+
+/* 0 where the processor lacks the instructions. */
+#if defined(ROWS)
+int64_t columns(void) { return COLUMNS; }
+#else
+int64_t columns(void) { return 0; }
+#endif
+
+typedef struct {
+    int64_t inputs, outputs, blocks;
+    int64_t by_outputs;  /* the weight is [outputs][inputs], else [inputs][outputs] */
+    const float *weight;
+    int32_t *packed;     /* as in Whole */
+    float *unit;
+    int64_t next;        /* block to be taken by the next thread; starts at 0 */
+} Pack;
+
+#if defined(ROWS)
+
+/* Row i and column i of a square change places: each round interleaves its upper and its lower half. */
+static inline void transpose(Ints *rows) {
+#if WIDTH == 16
+    const Ints low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    const Ints high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+#else
+    const Ints low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
+#endif
+    for (int round = 1; round < WIDTH; round *= 2) {
+        Ints next[WIDTH];
+        for (int i = 0; i < WIDTH / 2; i++) {
+            next[2 * i] = __builtin_shuffle(rows[i], rows[i + WIDTH / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + WIDTH / 2], high);
+        }
+        memcpy(rows, next, sizeof next);
+    }
+}
+
+/* The unit of weights of absolute sum `sum`, the largest of which is `most`, divided by LEVELS; and 1 / unit. NaN stays, and what
+ * is too small for 1 / unit is 0. */
+static inline float unit_of(float sum, float most, int64_t inputs, float *inverse) {
+    float unit = sum / (float)(MOST - inputs), by_most = most / LARGEST; /* each is rounded by at most 1/2 */
+    unit = unit < by_most ? by_most : unit;
+    *inverse = unit > SMALL ? 1 / unit : 0;
+    return unit <= SMALL ? 0 : unit / LEVELS;
+}
+
+static inline float magnitude(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits &= 0x7fffffff;
+    memcpy(&x, &bits, sizeof bits);
+    return x;
+}
+
+static inline __attribute__((always_inline)) void pack_inputs(Pack *w, int64_t b, int64_t n) {
+    const float *from = w->weight + b * COLUMNS;
+    int64_t pairs = (w->inputs + 1) / 2;
+    int32_t *to = w->packed + b * pairs * COLUMNS;
+    static const float nothing[COLUMNS];
+    float inverse[COLUMNS] = {0}, *unit = w->unit + b * COLUMNS, sum[COLUMNS] = {0};
+    int32_t most[COLUMNS] = {0};
+    for (int64_t p = 0; p < w->inputs; p++)
+        for (int64_t j = 0; j < n; j++) {
+            float own = magnitude(from[p * w->outputs + j]);
+            int32_t bits;
+            memcpy(&bits, &own, sizeof bits);
+            sum[j] += own;
+            most[j] = most[j] < bits ? bits : most[j];
+        }
+    for (int64_t j = 0; j < COLUMNS; j++) {
+        float largest;
+        memcpy(&largest, most + j, sizeof largest);
+        unit[j] = unit_of(sum[j], largest, w->inputs, inverse + j);
+    }
+    for (int64_t p = 0; p < pairs; p++, to += COLUMNS) {
+        const float *first = from + 2 * p * w->outputs, *second = 2 * p + 1 < w->inputs ? first + w->outputs : nothing;
+        for (int64_t j = 0; j < n; j++) to[j] = pair(first[j] * inverse[j], second[j] * inverse[j]);
+        for (int64_t j = n; j < COLUMNS; j++) to[j] = 0;
+    }
+}
+
+/* Sum of the absolute numbers, and the largest of them. */
+static inline float magnitudes(int64_t n, const float *x, float *largest) {
+    Lanes sums = {0};
+    Ints most = {0}; /* bits of numbers without sign are ordered as the numbers are */
+    int64_t i = 0;
+    float total = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        Ints bits = *(const Ints *)(x + i) & 0x7fffffff, more = bits > most;
+        sums += (Lanes)bits;
+        most = (bits & more) | (most & ~more);
+    }
+    *largest = 0;
+    for (int j = 0; j < WIDTH; j++) {
+        float own = ((Lanes)most)[j];
+        total += sums[j];
+        *largest = *largest < own ? own : *largest;
+    }
+    for (; i < n; i++) {
+        float own = magnitude(x[i]);
+        total += own;
+        *largest = *largest < own ? own : *largest;
+    }
+    return total;
+}
+
+static inline Shorts levels_of(Lanes x) { return __builtin_convertvector((Ints)(x + NEAREST), Shorts); }
+
+static void pack_outputs(Pack *w, int64_t b, int64_t n) {
+    int64_t pairs = (w->inputs + 1) / 2;
+    int32_t *to = w->packed + b * pairs * COLUMNS;
+    float inverse[COLUMNS] = {0}, *unit = w->unit + b * COLUMNS;
+    const float *from = w->weight + b * COLUMNS * w->inputs;
+    for (int64_t j = 0; j < COLUMNS; j++) {
+        float sum = 0, largest = 0;
+        if (j < n) sum = magnitudes(w->inputs, from + j * w->inputs, &largest);
+        unit[j] = unit_of(sum, largest, w->inputs, inverse + j);
+    }
+    for (int64_t first = 0; first < pairs; first += WIDTH) {
+        int64_t some = pairs - first < WIDTH ? pairs - first : WIDTH, last = 2 * (first + some) <= w->inputs ? 2 * some : 2 * some - 1;
+        for (int64_t r = 0; r < COLUMNS; r += WIDTH) {
+            Shorts levels[WIDTH][2] = {0};
+            Ints square[WIDTH];
+            for (int64_t j = r; j < r + WIDTH && j < n; j++) {
+                const float *row = from + j * w->inputs + 2 * first;
+                float part[2 * WIDTH] = {0};
+                if (last < 2 * WIDTH) row = memcpy(part, row, last * sizeof(float));
+                for (int half = 0; half < 2; half++) levels[j - r][half] = levels_of(((const Lanes *)row)[half] * inverse[j]);
+            }
+            memcpy(square, levels, sizeof square);
+            transpose(square);
+            for (int64_t p = 0; p < some; p++) *(Ints *)(to + (first + p) * COLUMNS + r) = square[p];
+        }
+    }
+}
+
+void pack(Pack *w) {
+    for (int64_t b; (b = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->blocks;) {
+        int64_t left = w->outputs - b * COLUMNS, n = left < COLUMNS ? left : COLUMNS;
+        if (w->by_outputs) pack_outputs(w, b, n);
+        else if (n == COLUMNS) pack_inputs(w, b, COLUMNS);
+        else pack_inputs(w, b, n);
+    }
+}
+
+/* A vector in whole numbers, and its largest number without sign. */
+typedef struct {
+    int32_t *pairs;
+    float largest;
+    float *y;
+} Row;
+
+static void take(Row *to, int64_t n, const float *x) {
+    int32_t most = 0; /* bits of numbers without sign are ordered as the numbers are, infinity and NaN last */
+    int16_t *k = (int16_t *)to->pairs;
+    float largest;
+    for (int64_t i = 0; i < n; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    memcpy(&largest, &most, sizeof largest);
+    float before = largest < SMALL ? 1 / SMALL : 1, factor = largest > 0 ? LEVELS / (largest * before) : largest;
+    to->largest = largest;
+    for (int64_t i = 0; i < n; i++) k[i] = (int16_t)nearest(x[i] * before * factor);
+    if (n % 2) k[n] = 0;
+}
+
+static inline __attribute__((always_inline)) void tile(int rows, int64_t pairs, const Row *x, const int32_t *weight, const float *unit,
+                                                       int64_t b, int64_t n) {
+    Sums sum[ROWS][VECTORS] = {0};
+    for (int64_t p = 0; p < pairs; p++, weight += COLUMNS) {
+        Sums w[VECTORS];
+        for (int j = 0; j < VECTORS; j++) w[j] = load(weight + j * WIDTH);
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < VECTORS; j++) sum[i][j] = add_products(sum[i][j], same(x[i].pairs[p]), w[j]);
+    }
+    for (int i = 0; i < rows; i++) {
+        Lanes y[VECTORS];
+        for (int j = 0; j < VECTORS; j++)
+            y[j] = __builtin_convertvector((Ints)sum[i][j], Lanes) * ((const Lanes *)unit)[j] * x[i].largest;
+        if (n == COLUMNS)
+            for (int j = 0; j < VECTORS; j++) ((Lanes *)(x[i].y + b * COLUMNS))[j] = y[j];
+        else
+            memcpy(x[i].y + b * COLUMNS, y, n * sizeof(float));
+    }
+}
+
+/* y[i] = x[i] weight; of scratch each takes (inputs + 1) / 2 numbers of 4 bytes. */
+void multiply(const Whole *k, char *scratch, int64_t count, const int64_t *samples, const float *const *x, float *const *y) {
+    (void)samples; /* the map is the same for all */
+    int64_t pairs = (k->inputs + 1) / 2;
+    Row rows[count];
+    for (int64_t i = 0; i < count; i++) {
+        rows[i] = (Row){(int32_t *)scratch + i * pairs, 0, y[i]};
+        take(rows + i, k->inputs, x[i]);
+    }
+    for (int64_t b = 0; b * COLUMNS < k->outputs; b++) {
+        const int32_t *weight = k->weight + b * pairs * COLUMNS;
+        const float *unit = k->unit + b * COLUMNS;
+        int64_t left = k->outputs - b * COLUMNS, n = left < COLUMNS ? left : COLUMNS;
+        for (int64_t i = 0; i < count; i += ROWS) switch (count - i < ROWS ? count - i : ROWS) {
+                case 1: tile(1, pairs, rows + i, weight, unit, b, n); break;
+                case 2: tile(2, pairs, rows + i, weight, unit, b, n); break;
+                case 3: tile(3, pairs, rows + i, weight, unit, b, n); break;
+                case 4: tile(4, pairs, rows + i, weight, unit, b, n); break;
+#if ROWS > 4
+                case 5: tile(5, pairs, rows + i, weight, unit, b, n); break;
+                case 6: tile(6, pairs, rows + i, weight, unit, b, n); break;
+                case 7: tile(7, pairs, rows + i, weight, unit, b, n); break;
+                case 8: tile(8, pairs, rows + i, weight, unit, b, n); break;
+#endif
+            }
+    }
+}
+
+#endif

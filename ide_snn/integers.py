@@ -1,0 +1,139 @@
+"""Products with the weight of a fully connected input stage in whole numbers (`csrc/integers.c`), for `precision=fast`.
+
+A product of 16-bit numbers with 32-bit sums costs half of one in float32. Both factors are written as whole multiples
+of units, one per sample of x and one per output of the matrix M,
+
+    y_j = u u_j sum over p of k_p k_pj      x_p = u k_p,       u = max |x| / 4,095
+                                            M_pj = u_j k_pj,  u_j = max(sum |M_pj| / (524,416 - n), max |M_pj| / 32,767)
+
+for n inputs, rounded to nearest. No sum of any x exceeds 32 bits, so sums are exact, in any order and on any number of
+threads. What is rounded is some 1e-4 of the largest |x| of the sample and of the mean |M_pj| of the output.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ide_snn import native
+from ide_snn.native import Stage
+from ide_snn.operators import Operator
+from ide_snn.precision import Precision
+from ide_snn.products import product_stage
+from ide_snn.solvers.vectors import Factor
+
+TOGETHER = 256  # vectors whose whole numbers fit the second-level cache beside a block of the matrix
+MOST_INPUTS = 1 << 16  # beyond, a unit would leave less than three digits
+
+
+class _Pack(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "blocks", "by_outputs")),
+        *((name, ctypes.c_void_p) for name in ("matrix", "packed", "unit")),
+        ("next", ctypes.c_int64),
+    ]
+
+
+class _Whole(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
+        *((name, ctypes.c_void_p) for name in ("packed", "unit")),
+    ]
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """None where the kernels can be used, else the reason."""
+    reason = native.why_unavailable("integers") or native.why_unavailable("product")
+    if reason is None and not native.library("integers").columns():
+        reason = "the processor has no instructions for products of 16-bit numbers (AVX2)"
+    return reason
+
+
+def suits(operator: Operator | None, precision: Precision, x: Tensor) -> bool:
+    """True where `apply` is how `precision` computes K x."""
+    return (
+        precision == "fast"
+        and operator is not None
+        and operator.kind == "linear"
+        and operator.in_channels <= MOST_INPUTS
+        and x.dim() == 2
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and why_unavailable() is None
+    )
+
+
+class IntegerProduct:
+    """The kernels of x M in whole numbers for x [B, inputs] and M [inputs, outputs], contiguous float32 on a CPU.
+
+    Args:
+        batch: B.
+        by_outputs: M is given as its transpose [outputs, inputs].
+        own_memory: with scratch memory of its own, to be run at any time.
+
+    Attributes:
+        stages: to be run one after the other, once they were told by `take` what to multiply.
+    """
+
+    def __init__(
+        self, batch: int, inputs: int, outputs: int, *, by_outputs: bool = False, own_memory: bool = False
+    ) -> None:
+        columns = int(native.library("integers").columns())
+        pairs, blocks = -(-inputs // 2), -(-outputs // columns)
+        packed, unit = torch.empty(blocks, pairs, columns, dtype=torch.int32), torch.empty(blocks * columns)
+        pointers = packed.data_ptr(), unit.data_ptr()
+        pack = _Pack(inputs, outputs, blocks, by_outputs, None, *pointers, 0)
+        whole, each = _Whole(inputs, outputs, *pointers), 4 * pairs
+        factor = Factor("integers", "multiply", whole, (packed, unit), outputs, TOGETHER, scratch_each=each)
+        self.stages = (
+            Stage("integers", "pack", pack, inputs * outputs, (packed, unit)),
+            product_stage(factor, batch, inputs, own_memory=own_memory),
+        )
+
+    def take(self, x: Tensor, matrix: Tensor, y: Tensor) -> None:
+        """Multiply x with the matrix into y [B, outputs] from now on; they must stay."""
+        packing, multiplying = self.stages
+        packing.work.matrix = matrix.data_ptr()
+        multiplying.work.x, multiplying.work.y = x.data_ptr(), y.data_ptr()
+
+
+def multiply(x: Tensor, matrix: Tensor, *, by_outputs: bool = False) -> Tensor:
+    """x M [B, outputs] for x [B, inputs] and `matrix` M [inputs, outputs] or, with `by_outputs`, M^T."""
+    x, matrix = x.contiguous(), matrix.contiguous()
+    inputs, outputs = reversed(matrix.shape) if by_outputs else matrix.shape
+    assert x.shape[1:] == (inputs,)  # the kernel would read past it
+    product, y = IntegerProduct(len(x), inputs, outputs, by_outputs=by_outputs), x.new_empty(len(x), outputs)
+    product.take(x, matrix, y)
+    for stage in product.stages:
+        stage.run()
+    return y
+
+
+def apply(operator: Operator, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    """`operator.apply` of a linear operator, and its gradient in the weight, in whole numbers; differentiable once."""
+    y: Tensor = _Linear.apply(x, weight)
+    return y if bias is None else y + bias
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return multiply(x, weight, by_outputs=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        to_x = grad.mm(weight) if ctx.needs_input_grad[0] else None
+        to_weight = multiply(grad.t(), x) if ctx.needs_input_grad[1] else None
+        return to_x, to_weight
