@@ -21,8 +21,8 @@ from ide_snn.kernels import available
 from ide_snn.layers import Apply, Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, require_finite, step_, time_average
 from ide_snn.operators import Operator
-from ide_snn.precision import Precision, products_rounded, require_precision, why_no_tf32
-from ide_snn.simulation import Path, Rates, Record, simulate
+from ide_snn.precision import Precision, products_rounded, require_precision, rounds_gradients, why_no_tf32
+from ide_snn.simulation import EVENT_PATHS, Path, Rates, Record, simulate
 from ide_snn.solvers import SOLVERS, Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
 
 log = logging.getLogger(__name__)
@@ -227,11 +227,21 @@ class FeedbackSNN(nn.Module):
         if isinstance(self.gradient, Bptt):
             raise ValueError(f"precision={self.precision} is for implicit differentiation; with Bptt use 'float32'")
         path, reason = self._best_path(links, device)
-        message = f"precision={self.precision}: {PATHS[path]}" + (f" ({reason})" if reason else "")
+        said = [PATHS[path]]
+        if self.takes_integers(path):
+            said.append("input stage in whole numbers")
+        if path in EVENT_PATHS and rounds_gradients(self.precision, device) and any(map(_is_convolution, links)):
+            said.append("gradients of convolutions from bfloat16")
+        message = f"precision={self.precision}: {', '.join(said)}" + (f" ({reason})" if reason else "")
         if message != self._path_said:
             self._path_said = message
             log.log(logging.INFO if reason is None else logging.WARNING, message)
         return path
+
+    def takes_integers(self, path: Path) -> bool:
+        """True where the input stage's products are those of `ide_snn.integers`, if the forward takes this path."""
+        by_precision = self.precision == "fast" and path in EVENT_PATHS
+        return by_precision and not self.input_has_time and integers.suits(self.input.operator)
 
     def _best_path(self, links: Sequence[FixedConnection], device: torch.device) -> tuple[Path, str | None]:
         """The path for `precision` exact or fast, and why it is not the one that was asked for."""
@@ -344,10 +354,11 @@ class _Moment:
                 "an input stage of your own cannot contain batch norm when the input has time: its training "
                 "statistics are those of the mean input; use Connection(nn.Conv2d(...), batch_norm=True)"
             )
+        path = block.path_for((feedback, *layers), x.device)
         operator, apply = first.operator, cast(Apply, Operator.apply)
         if operator is not None and operator.has_few_inputs and block.precision != "float32" and not x.is_cuda:
             apply = Operator.apply_by_columns
-        elif integers.suits(operator, block.precision, x):
+        elif block.takes_integers(path):
             apply = integers.apply
         drive = first.respond(mean_input, "batch", update_running=True, apply=apply)
         value = drive.detach()
@@ -359,7 +370,6 @@ class _Moment:
                 return stage(x[t].detach().to(dtype))
 
         frames = Frames(x, mean_input, first) if block.input_has_time else None
-        path = block.path_for((feedback, *layers), value.device)
         f = EquilibriumMap(feedback, tuple(layers), drive, block.neuron, path, block.precision)
         return cls(block, f, value, at, shapes, frames)
 
@@ -379,6 +389,10 @@ def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:
     if not isinstance(value, kinds):
         names = ", ".join(f"{kind.__name__}(...)" for kind in kinds)
         raise ValueError(f"{name} must be one of {names}, got {value!r}")
+
+
+def _is_convolution(link: FixedConnection) -> bool:
+    return link.operator is not None and link.operator.kind != "linear"
 
 
 def _as_connection(module: nn.Module) -> Connection:

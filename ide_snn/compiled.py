@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.nn.utils import parametrize
 
-from ide_snn import integers, native
+from ide_snn import native
 from ide_snn.dropout import VariationalDropout
 from ide_snn.implicit import Implicit, SolveHook
 from ide_snn.layers import Connection, FixedConnection
@@ -61,6 +61,8 @@ class Block(Protocol):
 
     def path_for(self, links: Sequence[FixedConnection], device: torch.device) -> Path: ...
 
+    def takes_integers(self, path: Path) -> bool: ...
+
     def modules(self) -> Iterator[nn.Module]: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -100,11 +102,11 @@ class CompiledSteps:
     def _make(self, block: Block, x: Tensor) -> Plan | str:
         """The plan, or why there is none."""
         block.check(x)
-        block.population_shapes(tuple(x.shape[1:]))
+        block.population_shapes(tuple(x.shape[2 if block.input_has_time else 1 :]))
         found = _path_or_reason(block, x)
         if found in EVENT_PATHS:
             self._say(logging.INFO, "compile=True: the training step is compiled")
-            return Plan(_parts(block, cast(Path, found), x), len(x))
+            return Plan(_parts(block, cast(Path, found)), len(x))
         self._say(logging.WARNING, f"compile=True: no effect ({found})")
         return found
 
@@ -236,7 +238,7 @@ class _Watch:
         return [(what.data_ptr(), what.stride()) for _, _, what in self._owners if isinstance(what, Tensor)]
 
 
-def _parts(block: Block, path: Path, x: Tensor) -> Parts:
+def _parts(block: Block, path: Path) -> Parts:
     stage, feedback = block.input, block.feedback
     return Parts(
         w_in=cast(Tensor, stage.op.weight),
@@ -251,5 +253,5 @@ def _parts(block: Block, path: Path, x: Tensor) -> Parts:
         time_steps=block.time_steps,
         solver=cast(Gmres, block.solver),
         path=path,
-        in_integers=integers.suits(stage.operator, block.precision, x),
+        in_integers=block.takes_integers(path),
     )

@@ -23,7 +23,6 @@ from torch.autograd.function import once_differentiable
 from ide_snn import native
 from ide_snn.native import Stage
 from ide_snn.operators import Operator
-from ide_snn.precision import Precision
 from ide_snn.products import product_stage
 from ide_snn.solvers.vectors import Factor
 
@@ -55,19 +54,10 @@ def why_unavailable() -> str | None:
     return reason
 
 
-def suits(operator: Operator | None, precision: Precision, x: Tensor) -> bool:
-    """True where `apply` is how `precision` computes K x."""
-    return (
-        precision == "fast"
-        and operator is not None
-        and operator.kind == "linear"
-        and operator.in_channels <= MOST_INPUTS
-        and x.dim() == 2
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-        and why_unavailable() is None
-    )
+def suits(operator: Operator | None) -> bool:
+    """True where `apply` can compute K x, for x [B, inputs] in float32 on a CPU."""
+    is_linear = operator is not None and operator.kind == "linear" and operator.in_channels <= MOST_INPUTS
+    return is_linear and why_unavailable() is None
 
 
 class IntegerProduct:

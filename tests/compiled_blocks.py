@@ -50,13 +50,17 @@ def step(net: FeedbackSNN, x: Tensor, seed: int = 0) -> tuple[Tensor, dict[str, 
     return rates.detach(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], precision: str = "exact") -> None:
+    # in whole numbers the last bit of a factor may decide which of two neighbours it becomes
+    rounding = 1e-3 if precision == "fast" else 2e-5
     assert found.keys() == expected.keys()
     largest = max(float(tensor.abs().max()) for tensor in expected.values())
     for name, tensor in expected.items():
         # in front of batch norm the bias, and the length of the weights, have the gradient 0 but for rounding
         scale = max(float(tensor.abs().max()), 0.1 * largest)
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=rounding * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def is_compiled(net: FeedbackSNN) -> bool:

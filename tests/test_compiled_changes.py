@@ -256,3 +256,11 @@ def test_a_resumed_run_is_as_one_never_stopped(tmp_path: Path) -> None:
         train(load_config([*tiny, f"trainer.epochs={epochs}", "resume=auto"]), tmp_path / run)
     whole, parts = (load_checkpoint(tmp_path / run / "checkpoints" / "last.pt").model for run in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_an_input_with_time_is_not_compiled_and_says_so(caplog) -> None:
+    net = block(input_has_time=True)
+    with caplog.at_level(logging.WARNING, "ide_snn.compiled"):
+        step(net, torch.stack([images()] * net.time_steps))
+    assert not is_compiled(net)
+    assert "no effect (the input has time)" in caplog.text

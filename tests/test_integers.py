@@ -1,0 +1,216 @@
+"""Products in whole numbers (`precision=fast`) against what they round, and against float64."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from compiled_blocks import assert_close, block, images, step
+from hypothesis import example, given, settings
+from torch import Tensor, nn
+
+from ide_snn import Connection, FeedbackSNN, Gmres, NeuronParams, integers, native
+from ide_snn.integers import apply, multiply
+from ide_snn.operators import Operator
+
+REASON = integers.why_unavailable() or native.why_unavailable("events")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no products in whole numbers: {REASON}")
+FAST = {"precision": "fast", "solver": Gmres(1e-3)}
+
+
+def factors(samples: int, inputs: int, outputs: int, seed: int, kind: str = "normal") -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, inputs, generator=generator)
+    matrix = torch.randn(inputs, outputs, generator=generator)
+    if kind == "heavy tails":
+        return x**5, matrix**7
+    return (x.abs(), matrix.abs()) if kind == "of one sign" else (x, matrix)
+
+
+def rounding(x: Tensor, matrix: Tensor) -> Tensor:
+    """Bound on |y - x M| from what the module says of its units, in float64."""
+    x, matrix = x.double(), matrix.double()
+    by_sum, by_largest = matrix.abs().sum(0) / (524_416 - len(matrix)), matrix.abs().amax(0) / 32_767
+    unit, units = x.abs().amax(1, keepdim=True) / 4_095, torch.maximum(by_sum, by_largest)
+    total = x.abs().sum(1, keepdim=True) * units + unit * matrix.abs().sum(0) + len(matrix) * unit * units / 2
+    return total * (0.5 + 1e-4) + 1e-6 * (x.abs() @ matrix.abs())  # what float32 adds
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    samples=st.integers(1, 70),
+    inputs=st.integers(1, 90),
+    outputs=st.integers(1, 100),
+    seed=st.integers(0, 5),
+    kind=st.sampled_from(["normal", "heavy tails", "of one sign"]),
+    by_outputs=st.booleans(),
+)
+@example(samples=300, inputs=784, outputs=400, seed=0, kind="normal", by_outputs=True)
+@example(samples=3, inputs=65_536, outputs=3, seed=0, kind="of one sign", by_outputs=True)
+@example(samples=3, inputs=65_535, outputs=33, seed=0, kind="of one sign", by_outputs=False)
+def test_a_product_is_that_of_float64_to_its_units(
+    samples: int, inputs: int, outputs: int, seed: int, kind: str, by_outputs: bool
+) -> None:
+    x, matrix = factors(samples, inputs, outputs, seed, kind)
+    y = multiply(x, matrix.t().contiguous() if by_outputs else matrix, by_outputs=by_outputs)
+    error = (y.double() - x.double() @ matrix.double()).abs()
+    assert bool((error <= rounding(x, matrix)).all())
+
+
+@pytest.mark.parametrize("by_outputs", [False, True])
+@pytest.mark.parametrize("inputs", [1, 2, 15, 16, 33, 784, 4_097, 65_536])
+def test_the_largest_sums_do_not_overflow(inputs: int, by_outputs: bool) -> None:
+    """All numbers the same: every level is the largest there is."""
+    x, matrix = torch.full((3, inputs), 0.7), torch.full((inputs, 40), -1.3)
+    with_one = matrix.clone()
+    with_one[inputs // 2] = 1e4  # as large as 16 bits hold
+    for m in (matrix, with_one):
+        y = multiply(x, m.t().contiguous() if by_outputs else m, by_outputs=by_outputs)
+        assert bool(((y.double() - x.double() @ m.double()).abs() <= rounding(x, m)).all())
+
+
+def test_numbers_that_are_whole_have_exact_sums() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(-4_095, 4_096, (9, 50), generator=generator).float()
+    matrix = torch.randint(-10_000, 10_001, (50, 70), generator=generator).float()
+    x[:, 7], matrix[11] = 4_095, 32_767  # so that the units are 1
+    found = multiply(x, matrix)
+    torch.testing.assert_close(found, (x.double() @ matrix.double()).float(), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("by_outputs", [False, True])
+def test_a_sample_does_not_depend_on_the_others_nor_on_threads(by_outputs: bool, monkeypatch) -> None:
+    monkeypatch.setattr(native, "WORTH_THREADS", 0)
+    x, matrix = factors(37, 51, 70, 2)
+    given = matrix.t().contiguous() if by_outputs else matrix
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            found.append(multiply(x, given, by_outputs=by_outputs))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+    alone = torch.cat([multiply(row[None], given, by_outputs=by_outputs) for row in x])
+    assert torch.equal(found[0], alone)
+
+
+@pytest.mark.parametrize("power", [-140, -100, 100])
+def test_the_scale_of_a_sample_does_not_matter(power: int) -> None:
+    x, matrix = factors(5, 33, 40, 3)
+    found = multiply(x * 2.0**power, matrix).double() * 2.0**-power
+    expected = multiply(x, matrix).double()
+    coarse = 2.0 ** (-149 - power)  # what float32 resolves there
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=50 * coarse if power < -120 else 0)
+
+
+@pytest.mark.parametrize("by_outputs", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_with_its_sample_and_its_output(value: float, by_outputs: bool) -> None:
+    x, matrix = factors(5, 33, 40, 3)
+    clean = multiply(x, matrix)
+    x[2, 7], matrix[3, 9] = value, value
+    found = multiply(x, matrix.t().contiguous() if by_outputs else matrix, by_outputs=by_outputs)
+    others = [i for i in range(5) if i != 2]
+    assert not bool(found[2].isfinite().any())
+    assert not bool(found[:, 9].isfinite().any())
+    kept = [j for j in range(40) if j != 9]
+    assert torch.equal(found[others][:, kept], clean[others][:, kept])
+
+
+def test_zeros_give_zeros() -> None:
+    x, matrix = factors(5, 33, 40, 3)
+    x[1], matrix[:, 4] = 0, 0
+    found = multiply(x, matrix)
+    assert bool((found[1] == 0).all())
+    assert bool((found[:, 4] == 0).all())
+    assert bool((found[0, :4] != 0).all())
+
+
+def test_a_layer_has_the_gradients_of_the_dense_one() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(40, 60, generator=generator, requires_grad=True)
+    weight, bias = (torch.randn(*s, generator=generator, requires_grad=True) for s in ((30, 60), (30,)))
+    to_y = torch.randn(40, 30, generator=generator)
+    found = []
+    for function in (apply, Operator.apply):
+        y = function(Operator("linear", 60, 30), x, weight, bias)
+        found.append((y.detach(), *torch.autograd.grad(y, (x, weight, bias), to_y)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3 * float(theirs.abs().max()))
+    assert not torch.equal(found[0][0], found[1][0])  # it is another product
+
+
+def test_a_weight_changed_before_the_backward_is_noticed() -> None:
+    x, weight = torch.randn(4, 6), torch.randn(3, 6, requires_grad=True)
+    y = apply(Operator("linear", 6, 3), x, weight * 1, None)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def fast_block(stage: nn.Module, features: int, **options: object) -> FeedbackSNN:
+    torch.manual_seed(0)
+    feedback = Connection(nn.Linear(features, features), constraint="spectral_matrix", bound=0.5)
+    return FeedbackSNN(input=stage, feedback=feedback, neuron=NeuronParams(1.0, 0.9), time_steps=6, **options)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_block_takes_them_with_fast_alone_and_says_so(compile: bool, monkeypatch, caplog) -> None:
+    calls = []
+    take = integers.IntegerProduct.take
+    monkeypatch.setattr(integers.IntegerProduct, "take", lambda *a: (calls.append(1), take(*a))[1])
+    with caplog.at_level(logging.INFO, "ide_snn.block"):
+        step(block(200, 90, compile=compile, **FAST), images(40, 90))
+    assert len(calls) == 2  # forward, and the gradient of the weight
+    assert "event-driven, 16-bit weights, input stage in whole numbers" in caplog.text
+    for options in ({"precision": "exact"}, {"precision": "float32"}):
+        step(block(200, 90, compile=compile, **options), images(40, 90))
+    with_time = block(200, 90, compile=compile, input_has_time=True, **FAST)
+    step(with_time, torch.stack([images(40, 90)] * 6))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_block_has_the_rates_and_gradients_of_exact(compile: bool) -> None:
+    """With a threshold so high that no spike moves: what is left is rounding."""
+    options = {"neuron": NeuronParams(40.0, 1.0), "dropout": 0.0, "compile": compile, "solver": Gmres(1e-5)}
+    found = [step(block(200, 90, precision=p, **options), images(40, 90)) for p in ("fast", "exact")]
+    (rates, mine), (expected, theirs) = found
+    assert torch.equal(rates, expected)
+    for name, tensor in theirs.items():
+        scale = max(float(t.abs().max()) for t in theirs.values())
+        torch.testing.assert_close(mine[name], tensor, rtol=0, atol=5e-3 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_compiled_step_with_a_frozen_input_stage(frozen: str) -> None:
+    found = []
+    for compile in (True, False):
+        net = block(70, 33, compile=compile, **FAST)
+        getattr(net.input.op, frozen).requires_grad_(False)
+        x = images(12, 33).requires_grad_()
+        _, gradients = step(net, x)
+        assert x.grad is not None
+        found.append({**gradients, "x": x.grad})
+    assert (f"input.op.{frozen}") not in found[0]
+    assert_close(*found, "fast")
+
+
+def test_without_the_instructions_the_products_are_float32(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(integers, "why_unavailable", lambda: "none here")
+    with caplog.at_level(logging.INFO, "ide_snn.block"):
+        step(block(200, 90, compile=False, **FAST), images(40, 90))
+    assert "precision=fast: event-driven, 16-bit weights" in caplog.text
+    assert "whole numbers" not in caplog.text
+
+
+def test_a_stage_that_does_not_suit_is_float32() -> None:
+    assert not integers.suits(None)
+    assert not integers.suits(Operator("conv", 3, 3))
+    assert not integers.suits(Operator("linear", integers.MOST_INPUTS + 1, 3))
+    assert integers.suits(Operator("linear", integers.MOST_INPUTS, 3))

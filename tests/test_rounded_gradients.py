@@ -1,0 +1,93 @@
+"""`precision=fast`: gradients of convolutions from factors in bfloat16, where the processor multiplies them."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from networks import LIF
+from test_precision import gradients
+from torch import Tensor, nn
+
+from ide_snn import Connection, FeedbackSNN, Gmres, equilibrium, native, precision
+from ide_snn.operators import Operator
+from ide_snn.precision import rounds_gradients
+from ide_snn.spiking import operator_gradients
+
+REASON = native.why_unavailable("events")
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}"),
+    pytest.mark.skipif(not precision.multiplies_bfloat16(), reason="the processor has no products of bfloat16"),
+]
+MODULES = {
+    "conv": nn.Conv2d(5, 7, 3, stride=2, padding=1),
+    "conv_transposed": nn.ConvTranspose2d(5, 7, 3, stride=2, padding=1, output_padding=1),
+    "linear": nn.Linear(5, 7),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (True, False, True)], ids=str)
+def test_gradients_are_rounded_to_eight_bits(kind: str, needs: tuple[bool, bool, bool]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    operator, weight = Operator.of(MODULES[kind]), MODULES[kind].weight.detach()
+    x = torch.randn(4, 5, *([] if kind == "linear" else [9, 9]), generator=generator)
+    y = torch.randn(operator.apply(x, weight).shape, generator=generator)
+    exact = operator_gradients(operator, x, y, weight, needs)
+    found = operator_gradients(operator, x, y, weight, needs, rounded=True)
+    for number, (mine, theirs) in enumerate(zip(found, exact, strict=True)):
+        if not needs[number]:
+            continue
+        assert mine.dtype == torch.float32
+        error = float((mine - theirs).norm() / theirs.norm())
+        if kind == "linear" or number == 2:  # sums of y: nothing is multiplied
+            assert error < 1e-6
+        else:
+            assert 1e-4 < error < 2.0**-8
+
+
+def network(kind: str, **options: object) -> FeedbackSNN:
+    """One population and its written-out gradient, or three with batch norm and autograd's."""
+    torch.manual_seed(1)
+    stage = Connection(nn.Conv2d(2, 6, 3, padding=1), batch_norm=True)
+    if kind == "one":
+        feedback, layers = nn.Conv2d(6, 6, 3, padding=1), []
+    else:
+        feedback = nn.ConvTranspose2d(4, 6, 2, stride=2)
+        layers = [
+            Connection(nn.Conv2d(6, 8, 3, stride=2, padding=1), batch_norm=True),
+            Connection(nn.Conv2d(8, 4, 3, padding=1), batch_norm=True),
+        ]
+    back = Connection(feedback, constraint="spectral_matrix", bound=0.5)
+    return FeedbackSNN(
+        input=stage, layers=layers, feedback=back, neuron=LIF, time_steps=8, solver=Gmres(1e-5), **options
+    )
+
+
+def images() -> Tensor:
+    return 3 * torch.randn(6, 2, 10, 10, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("kind", ["one", "three"])
+def test_a_block_rounds_them_with_fast_alone_and_says_so(kind: str, monkeypatch, caplog) -> None:
+    with caplog.at_level(logging.INFO, "ide_snn.block"):
+        _, rounded = gradients(network(kind, precision="fast").train(), images())
+    assert "16-bit weights, gradients of convolutions from bfloat16" in caplog.text
+    monkeypatch.setattr(equilibrium, "rounds_gradients", lambda *_: False)
+    _, plain = gradients(network(kind, precision="fast").train(), images())
+    errors = [float((a - b).norm()) / max(float(b.norm()), 1e-3) for a, b in zip(rounded, plain, strict=True)]
+    assert 1e-4 < max(errors) < 3e-2
+    cpu = torch.device("cpu")
+    assert rounds_gradients("fast", cpu)
+    assert not rounds_gradients("exact", cpu)
+    assert not rounds_gradients("float32", cpu)
+    assert not rounds_gradients("fast", torch.device("cuda"))
+
+
+def test_without_the_instructions_they_are_float32(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
+    with caplog.at_level(logging.INFO, "ide_snn.block"):
+        gradients(network("one", precision="fast").train(), images())
+    assert "event-driven, 16-bit weights" in caplog.text
+    assert "bfloat16" not in caplog.text
