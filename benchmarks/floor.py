@@ -44,6 +44,7 @@ ERROR = {
     "float16": 5e-3,
     "bfloat16": 5e-2,
     "int8x2": 1e-3,
+    "whole numbers": 5e-3,
     "int8": 0.1,
     "int8 to 8 bits": 0.5,  # the rest of the step would choose its scale
 }
@@ -53,7 +54,7 @@ ALLOWED: dict[str, dict[str, tuple[str, ...]]] = {
     "exact": {"spikes": ("float32", "events", "int8x2"), "numbers": ("float32", "events", "tf32", "bfloat16")},
     "fast": {
         "spikes": ("float32", "events", "events16", "tf32", "float16", "bfloat16", "int8", "int8 to 8 bits"),
-        "numbers": ("float32", "events", "tf32", "float16", "bfloat16"),
+        "numbers": ("float32", "events", "whole numbers", "tf32", "float16", "bfloat16"),
     },
 }
 

@@ -10,6 +10,7 @@ Formats:
     int8 to 8 bits   as int8, but the result is rounded to 8 bits (what fbgemm offers)
     events           float32, the zeros of the input skipped; counted as if they were not
     events16         the same for spikes, weights in 16-bit units, 16-bit sums
+    whole numbers    both factors in 16 bits, 32-bit sums, float32 result
 
 The int8 operators of torch are not a public interface: a build without them raises, and the caller says so.
 """
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ide_snn import event_driven
+from ide_snn import event_driven, integers, native
 from ide_snn.dense import DenseMap
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
@@ -245,6 +246,35 @@ def dense_gradient(operator: Operator, _weight: Tensor, x: Tensor, y: Tensor | N
     return lambda: product.adjoint(transposed)
 
 
+def whole_numbers(operator: Operator, weight: Tensor, x: Tensor, _y: Tensor | None) -> Call:
+    """This project's product of input stages with `precision=fast`."""
+    return _whole_product(x.float().contiguous(), weight, operator.out_channels, by_outputs=True)
+
+
+def whole_gradient(operator: Operator, _weight: Tensor, x: Tensor, y: Tensor | None) -> Call:
+    """The same for y^T x."""
+    assert y is not None
+    return _whole_product(y.float().t().contiguous(), x, operator.in_channels, by_outputs=False)
+
+
+def _whole_product(x: Tensor, matrix: Tensor, outputs: int, *, by_outputs: bool) -> Call:
+    if integers.why_unavailable() is not None:
+        raise RuntimeError(integers.why_unavailable())
+    matrix, y = matrix.float().contiguous(), x.new_empty(len(x), outputs)
+    product = integers.IntegerProduct(*x.shape, outputs, by_outputs=by_outputs, own_memory=True)
+    product.take(x, matrix, y)
+    packing, multiplying = product.stages
+    packing.run()
+    again = native.Stages([multiplying])
+
+    def call() -> Tensor:
+        again.run()
+        return y
+
+    call.keep = x, matrix, product  # type: ignore[attr-defined]  # they are known by their addresses only
+    return call
+
+
 def _on_gpu(call: Call, x: Tensor, tf32: bool) -> Call:
     """The call itself on a CPU; on a GPU its CUDA graph, so that starting it costs the least, in float32 or TF32."""
     if x.device.type != "cuda":
@@ -289,6 +319,7 @@ WAYS = (
     Way("oneDNN, two products", "int8x2", two_integers, ("linear", "conv"), device="cpu"),
     Way("fbgemm", "int8 to 8 bits", fbgemm, ("linear", "conv"), device="cpu"),
     Way("dense", "float32", dense, LINEAR, device="cpu"),
+    Way("integers", "whole numbers", whole_numbers, LINEAR, device="cpu"),
     Way("events", "events", events(), device="cpu"),
     Way("events", "events16", events(levels=True), device="cpu"),
     Way("torch", "float32", gradient(F32), gradient=True),
@@ -297,6 +328,7 @@ WAYS = (
     Way("oneDNN, 1x1 convolution", "float32", gradient_as_convolution, LINEAR, gradient=True, device="cpu"),
     Way("oneDNN, linear", "float32", gradient_as_product, LINEAR, gradient=True, device="cpu"),
     Way("dense", "float32", dense_gradient, LINEAR, gradient=True, device="cpu"),
+    Way("integers", "whole numbers", whole_gradient, LINEAR, gradient=True, device="cpu"),
     Way("torch", "bfloat16", gradient(BF16), LINEAR, gradient=True, needs=FAST_BF16),
     Way("torch, channels last", "bfloat16", gradient(BF16, True), CONV, gradient=True, needs=FAST_BF16),
     Way("torch, channels last", "tf32", gradient(F32, True, tf32=True), gradient=True, device="cuda"),
