@@ -64,7 +64,7 @@ class _Chain(torch.autograd.Function):
     ) -> Tensor:
         if not any(ctx.needs_input_grad):
             return rates.clone()
-        inputs, slopes, first = f.frozen_rates(rates, response)
+        inputs, slopes, first = f.frozen_rates(rates, () if response is None else (response,))
         ctx.f, ctx.solve = f, solve
         # parameters are saved for autograd to see that they are still those of the forward
         ctx.save_for_backward(first, *inputs, *slopes, *parameters)

@@ -11,7 +11,6 @@ Source: Xiao et al., NeurIPS 2021, sections 4.1 to 4.3.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -26,6 +25,7 @@ from ide_snn.firing import fire, fire_
 from ide_snn.layers import Affine, FixedConnection
 from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
+from ide_snn.operators import Operator
 from ide_snn.precision import Precision, rounds_gradients
 from ide_snn.simulation import EVENT_PATHS, Path
 from ide_snn.solvers import LinearProblem
@@ -106,41 +106,54 @@ class EquilibriumMap:
         z[-1] = z[-1] / self.neuron.v_threshold
         return z
 
-    def rates_and_slopes(self, a: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(f(a), the slopes of `linearise_with`) for event-driven paths; f(a) is differentiable once.
+    def rates_and_slopes(
+        self, a: Tensor, response: Tensor | None = None, *, also_frozen: bool = False
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """(f(a), the slopes of `linearise_with`, responses for `frozen_rates`) for event-driven paths.
 
-        Uses batch statistics and updates the running ones, as a training forward does.
+        Uses batch statistics and updates the running ones, as a training forward does; f(a) is differentiable once.
+        Up to the first batch norm f with running statistics has the same products.
+
+        Args:
+            a: point [B, *].
+            response: K_fb a + b of the feedback with running statistics, where it is known.
+            also_frozen: find these responses; none otherwise.
         """
-        slopes = []
-        apply = functools.partial(event_driven.apply, rounded=self.rounds_gradients)
+        slopes: list[Tensor] = []
+        frozen: list[Tensor] = []
         for link, drive in zip(self.chain, (self.drive, *(None for _ in self.layers)), strict=True):
-            linear = replace(link, gain=None)
-            response = linear.respond(a, "batch", update_running=True, apply=apply)
+            known = None if slopes else response
+            linear, products = replace(link, gain=None), _Products(self.rounds_gradients)
+            products.known = known if link.connection.bn is None else None
+            behind = linear.respond(a, "batch", update_running=True, apply=products)
+            if also_frozen and all(before.connection.bn is None for before in self.chain[: len(slopes)]):
+                frozen.append(link.frozen_response(products.value.detach()) if known is None else known)
             if link.connection.bn is not None and link.connection.bn._forward_hooks:
-                response = response.clone()  # a hook may have kept it
-            a, slope = fire(response, link.gain, drive, self.neuron.v_threshold)
+                behind = behind.clone()  # a hook may have kept it
+            a, slope = fire(behind, link.gain, drive, self.neuron.v_threshold)
             slopes.append(slope)
-        return a, slopes
+        return a, slopes, frozen
 
     @torch.no_grad()
-    def frozen_rates(self, a: Tensor, response: Tensor | None = None) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def frozen_rates(self, a: Tensor, known: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """(what each connection is given in f(a), the slopes of `linearise_with`, sigma'(z_1) / V_th).
 
         For event-driven paths, with running statistics, without a graph.
 
         Args:
             a: point [B, *].
-            response: K_fb a + b of the feedback, where it is known; overwritten.
+            known: responses K_i a_{i-1} + b_i of the first connections, where they are known; overwritten.
         """
         inputs, slopes, through = [], [], []
-        for link, drive in zip(self.chain, (self.drive, *(None for _ in self.layers)), strict=True):
-            affine = link.frozen
+        for number, link in enumerate(self.chain):
+            affine, drive = link.frozen, None if number else self.drive
             assert isinstance(affine, Affine)  # event-driven paths have no others
-            if response is None:
+            if number < len(known):
+                response = known[number]
+            else:
                 response = event_driven.apply(affine.operator, a, affine.weight, affine.bias)
             inputs.append(a)
             a, *both = fire_(channels_last(response), affine.gain, drive, self.neuron.v_threshold)
-            response = None
             slopes.append(both[0])
             through.append(both[1])
         return inputs, slopes, through[0]
@@ -169,7 +182,7 @@ class EquilibriumMap:
             )
         if analytic and products != "autograd":
             if self.path in EVENT_PATHS:
-                return self.linearise_with(self.frozen_rates(a, response)[1])
+                return self.linearise_with(self.frozen_rates(a, () if response is None else (response,))[1])
             return self.linearise_by(self._frozen_activations(a))
         with torch.enable_grad():
             point = a.detach().requires_grad_()
@@ -221,6 +234,20 @@ class EquilibriumMap:
         for layer in self.layers:
             z.append(layer.frozen(sigma(z[-1])) / self.neuron.v_threshold)
         return z
+
+
+class _Products:
+    """`event_driven.apply` with what it has computed, or is to take as known."""
+
+    known: Tensor | None
+    value: Tensor
+
+    def __init__(self, rounded: bool) -> None:
+        self._rounded = rounded
+
+    def __call__(self, operator: Operator, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.value = event_driven.apply(operator, x, weight, bias, rounded=self._rounded, known=self.known)
+        return self.value
 
 
 @dataclass(frozen=True)

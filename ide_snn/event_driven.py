@@ -188,15 +188,24 @@ def is_sparse(x: Tensor) -> bool:
     return int(torch.count_nonzero(some)) < SPARSE * some.numel()
 
 
-def apply(operator: Operator, x: Tensor, weight: Tensor, bias: Tensor | None, *, rounded: bool = False) -> Tensor:
+def apply(
+    operator: Operator,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    rounded: bool = False,
+    known: Tensor | None = None,
+) -> Tensor:
     """`operator.apply`, differentiable once, by a walk over x where it is sparse.
 
     Args:
         rounded: the gradients of convolutions, see `operator_gradients`.
+        known: the value, which of convolutions is not computed again.
     """
     if operator.kind == "linear":
         return operator.apply(x, weight, bias)
-    y: Tensor = _Convolution.apply(x, weight, bias, operator, rounded)
+    y: Tensor = _Convolution.apply(x, weight, bias, operator, rounded, known)
     return y
 
 
@@ -204,9 +213,19 @@ class _Convolution(torch.autograd.Function):
     """K x + b, where x is sparse by a walk; its backward pass by torch's dense convolutions."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operator: Operator, rounded: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        operator: Operator,
+        rounded: bool,
+        known: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.operator, ctx.rounded = operator, rounded
+        if known is not None:
+            return known.clone()  # callers overwrite it
         if not is_sparse(x):
             return operator.apply(x, weight, bias)
         return EventConnection(Affine(operator, weight, bias, 1, None, tuple(x.shape[1:])))(x)
@@ -215,7 +234,7 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        return *operator_gradients(ctx.operator, x, grad, weight, needs, rounded=ctx.rounded), None, None
+        return *operator_gradients(ctx.operator, x, grad, weight, needs, rounded=ctx.rounded), None, None, None
 
 
 @dataclass(frozen=True)

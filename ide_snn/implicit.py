@@ -105,11 +105,17 @@ def attach_gradient(
     solved = functools.partial(_solved, f, couples, solver, hooks)
     if shared and has_written_out_gradient(f):
         return attach_written_out(rates, f, solved, response)
-    jacobian = None if shared else _jacobian(rates, f, gradient, response)
+    by_events = f.path in EVENT_PATHS and not by_graph
+    # J with running statistics where f's own application has the batch's: they have their first products in common
+    both = by_events and not shared and not couples and gradient.jacobian_at == "rate" and torch.is_grad_enabled()
+    jacobian = None if shared or both else _jacobian(rates, f, gradient, response)
     # (as a leaf the point collects a gradient nobody reads: one product, the price of sharing the graph)
     point = rates.detach().requires_grad_(by_graph)
-    if f.path in EVENT_PATHS and not by_graph:
-        image, slopes = f.rates_and_slopes(point)
+    if by_events:
+        frozen = [link.frozen for link in f.chain] if both else []  # before the running statistics are updated
+        image, slopes, known = f.rates_and_slopes(point, response, also_frozen=both)
+        if frozen:
+            slopes = f.frozen_rates(rates, known)[1]
         jacobian = f.linearise_with(slopes) if jacobian is None else jacobian
     else:
         activations = f.activations(point, "batch", update_running=True)

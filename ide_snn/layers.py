@@ -240,6 +240,21 @@ class FixedConnection:
         """The detached affine map with the running statistics at its first use in this forward."""
         return self.affine()
 
+    @cached_property
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift) per channel of batch norm in `frozen`."""
+        assert self.connection.bn is not None  # asked of connections that have one
+        return fold(self.connection.bn, None)
+
+    @torch.no_grad()
+    def frozen_response(self, y: Tensor) -> Tensor:
+        """K x + b behind the batch norm of `frozen` from y = K x + b [B, *] in front of it; a new tensor."""
+        if self.connection.bn is None:
+            return y.clone()
+        scale, shift = (vector.view(-1, *(1,) * (y.dim() - 2)) for vector in self.folded)
+        return torch.addcmul(shift, y, scale)
+
     def affine(self, moments: tuple[Tensor, Tensor] | None = None) -> Affine | OpaqueAffine:
         """The detached affine map with frozen statistics.
 
@@ -253,7 +268,7 @@ class FixedConnection:
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         if owner.bn is not None:
             with torch.no_grad():
-                scale, shift = fold(owner.bn, moments)
+                scale, shift = self.folded if moments is None else fold(owner.bn, moments)
             weight = weight * self.operator.per_output(scale)
             bias = shift if bias is None else bias * scale + shift
         return Affine(self.operator, weight, bias, owner.pool, self.gain, self.input_shape)

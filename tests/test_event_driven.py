@@ -280,7 +280,7 @@ def test_the_simulation_has_what_the_slopes_at_its_rates_need(kind: str, time_st
     moment = block._prepare(example_input(kind).float(), torch.Generator().manual_seed(0))
     rates = moment.simulate(Record(mean_response=True))
     assert rates.mean_response is not None
-    applied, known = (moment.map.frozen_rates(rates.last, response) for response in (None, rates.mean_response))
+    applied, known = (moment.map.frozen_rates(rates.last, known) for known in ((), (rates.mean_response,)))
     for mine, theirs in zip((*known[0], *known[1], known[2]), (*applied[0], *applied[1], applied[2]), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 

@@ -237,3 +237,59 @@ def test_threads_of_its_own_find_the_same(monkeypatch) -> None:
     assert torch.equal(value, expected)
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("norms", [(False, True, True), (True, False, True), (False, False, True), (True, True, False)])
+@pytest.mark.parametrize("kinds", ["conv", "linear"])
+def test_training_with_batch_norm_has_the_gradients_of_float32(norms: tuple[bool, ...], kinds: str) -> None:
+    """J with running statistics and f with the batch's have products in common up to the first batch norm."""
+
+    def network(precision: Precision) -> FeedbackSNN:
+        torch.manual_seed(3)
+        if kinds == "linear":
+            ops = [nn.Linear(9, 8), nn.Linear(8, 7), nn.Linear(7, 9)]
+            stage = nn.Linear(5, 9)
+        else:
+            ops = [nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 5, 3, padding=1), nn.Conv2d(5, 4, 1)]
+            stage = nn.Conv2d(2, 4, 3, padding=1)
+        feedback, *layers = (
+            Connection(op, batch_norm=norm, dropout=0.0) for op, norm in zip((ops[2], *ops[:2]), norms, strict=True)
+        )
+        return FeedbackSNN(
+            input=Connection(stage, batch_norm=True),
+            layers=layers,
+            feedback=feedback,
+            neuron=NeuronParams(0.7, 0.9),
+            time_steps=4,
+            solver=Gmres(1e-6),
+            precision=precision,
+        )
+
+    x = 3 * torch.randn(6, *((5,) if kinds == "linear" else (2, 6, 6)), generator=torch.Generator().manual_seed(4))
+    found = []
+    for precision in ("float32", "exact"):
+        block, problems = network(precision).train(), []
+        block.register_solve_hook(lambda solution, seen=problems: seen.append(solution.value))
+        for _ in range(2):  # so that running statistics are some
+            torch.manual_seed(5)
+            _, parameters = gradients(block, x)
+        found.append((*parameters, *problems, *(b for b in block.buffers() if b.is_floating_point())))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()) + 2e-5)
+
+
+def test_products_in_common_are_computed_once(monkeypatch) -> None:
+    """Of three populations with batch norm behind the first: 2 + 1 instead of 3 + 3."""
+    walks = []
+    compute = event_driven.apply
+    monkeypatch.setattr(
+        event_driven,
+        "apply",
+        lambda *a, known=None, **k: (walks.append(known is None), compute(*a, known=known, **k))[1],
+    )
+    block = small_block("multilayer", precision="exact", time_steps=3).float().train()
+    populations = 1 + len(block.layers)
+    assert block.feedback.bn is None
+    assert block.layers[0].bn is not None
+    gradients(block, example_input("multilayer").float())
+    assert sum(walks) == 2 * populations - 3  # the feedback's is the simulation's, the next one serves both
