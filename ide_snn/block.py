@@ -21,7 +21,7 @@ from ide_snn.kernels import available
 from ide_snn.layers import Apply, Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, require_finite, step_, time_average
 from ide_snn.operators import Operator
-from ide_snn.precision import Precision, products_rounded, require_precision, rounds_gradients, why_no_tf32
+from ide_snn.precision import Precision, products_rounded, require_precision, rounds_convolutions, why_no_tf32
 from ide_snn.simulation import EVENT_PATHS, Path, Rates, Record, simulate
 from ide_snn.solvers import SOLVERS, Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
 
@@ -230,8 +230,8 @@ class FeedbackSNN(nn.Module):
         said = [PATHS[path]]
         if self.takes_integers(path):
             said.append("input stage in whole numbers")
-        if path in EVENT_PATHS and rounds_gradients(self.precision, device) and any(map(_is_convolution, links)):
-            said.append("gradients of convolutions from bfloat16")
+        if path in EVENT_PATHS and rounds_convolutions(self.precision, device) and any(map(_is_convolution, links)):
+            said.append("dense convolutions in bfloat16")
         message = f"precision={self.precision}: {', '.join(said)}" + (f" ({reason})" if reason else "")
         if message != self._path_said:
             self._path_said = message

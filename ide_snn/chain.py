@@ -82,7 +82,7 @@ class _Chain(torch.autograd.Function):
         for number in reversed(range(len(f.chain))):
             affine, x, d = f.chain[number].frozen, inputs[number], v * slopes[number]
             wanted = (False, needed[2 * number], needed[2 * number + 1])
-            found = operator_gradients(affine.operator, x, d, affine.weight, wanted, rounded=f.rounds_gradients)
+            found = operator_gradients(affine.operator, x, d, affine.weight, wanted, rounded=f.rounds_convolutions)
             gradients[2 * number : 2 * number + 2] = found[1:]
             if number:
                 v = jacobian.maps[number].adjoint(d)

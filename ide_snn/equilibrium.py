@@ -26,7 +26,7 @@ from ide_snn.layers import Affine, FixedConnection
 from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
 from ide_snn.operators import Operator
-from ide_snn.precision import Precision, rounds_gradients
+from ide_snn.precision import Precision, rounds_convolutions
 from ide_snn.simulation import EVENT_PATHS, Path
 from ide_snn.solvers import LinearProblem
 from ide_snn.solvers.vectors import Factor
@@ -89,9 +89,9 @@ class EquilibriumMap:
         return any(link.connection.uses_batch_statistics for link in self.chain)
 
     @property
-    def rounds_gradients(self) -> bool:
-        """True where the gradients of event-driven paths are those of `operator_gradients(..., rounded=True)`."""
-        return rounds_gradients(self.precision, self.drive.device)
+    def rounds_convolutions(self) -> bool:
+        """True where convolutions of event-driven paths are `event_driven.apply(..., rounded=True)`."""
+        return rounds_convolutions(self.precision, self.drive.device)
 
     def __call__(self, a: Tensor, statistics: Statistics, *, update_running: bool = False) -> Tensor:
         """f(a), differentiable in a, the drive and the connections' parameters; [B, *]."""
@@ -123,7 +123,7 @@ class EquilibriumMap:
         frozen: list[Tensor] = []
         for link, drive in zip(self.chain, (self.drive, *(None for _ in self.layers)), strict=True):
             known = None if slopes else response
-            linear, products = replace(link, gain=None), _Products(self.rounds_gradients)
+            linear, products = replace(link, gain=None), _Products(self.rounds_convolutions)
             products.known = known if link.connection.bn is None else None
             behind = linear.respond(a, "batch", update_running=True, apply=products)
             if also_frozen and all(before.connection.bn is None for before in self.chain[: len(slopes)]):
@@ -151,7 +151,8 @@ class EquilibriumMap:
             if number < len(known):
                 response = known[number]
             else:
-                response = event_driven.apply(affine.operator, a, affine.weight, affine.bias)
+                rounded = self.rounds_convolutions
+                response = event_driven.apply(affine.operator, a, affine.weight, affine.bias, rounded=rounded)
             inputs.append(a)
             a, *both = fire_(channels_last(response), affine.gain, drive, self.neuron.v_threshold)
             slopes.append(both[0])

@@ -45,7 +45,8 @@ TOGETHER = 64  # samples of a fully connected network
 LEVEL_LANES, LEVEL_BLOCK = 32, 128  # of weights in whole units
 LEVELS = 32767  # largest sum of them
 MOST_INPUTS = 4096  # of an output: rounding then moves a weight by some 1.6 % of their root mean square
-SPARSE = 0.5  # share of numbers that are not 0 up to which a walk over them is faster than a dense convolution
+SPARSE = 0.5  # share of numbers that are not 0 up to which a walk over them is faster than a dense convolution,
+SPARSE_BESIDE_BFLOAT16 = 0.3  # and than one of bfloat16
 
 
 def why_not(maps: Sequence[object]) -> str | None:
@@ -182,10 +183,10 @@ def connect(affine: object, *, levels: bool = False) -> EventConnection:
     return EventConnection(affine, levels=levels)
 
 
-def is_sparse(x: Tensor) -> bool:
+def is_sparse(x: Tensor, share: float = SPARSE) -> bool:
     """True where so much of x [B, *] is 0 that a walk over the rest beats a dense product, by the first samples."""
     some = x[: -(-len(x) // 16)]
-    return int(torch.count_nonzero(some)) < SPARSE * some.numel()
+    return int(torch.count_nonzero(some)) < share * some.numel()
 
 
 def apply(
@@ -200,7 +201,7 @@ def apply(
     """`operator.apply`, differentiable once, by a walk over x where it is sparse.
 
     Args:
-        rounded: the gradients of convolutions, see `operator_gradients`.
+        rounded: factors, response and gradients of dense convolutions are rounded to bfloat16.
         known: the value, which of convolutions is not computed again.
     """
     if operator.kind == "linear":
@@ -226,8 +227,11 @@ class _Convolution(torch.autograd.Function):
         ctx.operator, ctx.rounded = operator, rounded
         if known is not None:
             return known.clone()  # callers overwrite it
-        if not is_sparse(x):
-            return operator.apply(x, weight, bias)
+        if not is_sparse(x, SPARSE_BESIDE_BFLOAT16 if rounded else SPARSE):
+            if not rounded:
+                return operator.apply(x, weight, bias)
+            y = operator.apply(x.to(torch.bfloat16), weight.to(torch.bfloat16)).to(x.dtype)
+            return y if bias is None else y.add_(bias.view(-1, 1, 1))
         return EventConnection(Affine(operator, weight, bias, 1, None, tuple(x.shape[1:])))(x)
 
     @staticmethod

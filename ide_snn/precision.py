@@ -47,8 +47,8 @@ def multiplies_bfloat16() -> bool:
     return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
 
 
-def rounds_gradients(precision: str, device: torch.device) -> bool:
-    """True where gradients of convolutions on `device` are computed from factors rounded to bfloat16."""
+def rounds_convolutions(precision: str, device: torch.device) -> bool:
+    """True where the dense convolutions of f and of gradients on `device` take bfloat16; sums are float32."""
     return precision == "fast" and device.type == "cpu" and multiplies_bfloat16()
 
 

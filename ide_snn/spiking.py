@@ -240,7 +240,7 @@ def operator_gradients(
     Args:
         x: [B, C, H, W] ([B, C] for linear); y has the shape of the operator's response.
         rounded: of convolutions the factors, and the gradients of x and W, are rounded to bfloat16
-            (`precision.rounds_gradients`); sums are float32.
+            (`precision.rounds_convolutions`); sums are float32.
     """
     if operator.kind == "linear":
         return (
