@@ -16,13 +16,14 @@ from ide_snn import event_driven, integers
 from ide_snn.bptt import Bptt, Frames, through_time
 from ide_snn.compiled import CompiledSteps
 from ide_snn.equilibrium import EquilibriumMap
+from ide_snn.graphed_simulation import GraphedSimulations
 from ide_snn.implicit import GRADIENTS, Gradient, Implicit, SolveHook, attach_gradient
 from ide_snn.kernels import available
 from ide_snn.layers import Apply, Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, require_finite, step_, time_average
 from ide_snn.operators import Operator
 from ide_snn.precision import Precision, products_rounded, require_precision, rounds_convolutions, why_no_tf32
-from ide_snn.simulation import EVENT_PATHS, Path, Rates, Record, simulate
+from ide_snn.simulation import EVENT_PATHS, FUSED_PATHS, Path, Rates, Record, simulate
 from ide_snn.solvers import SOLVERS, Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class FeedbackSNN(nn.Module):
         check_input: refuse NaN and infinity in the input; costs one synchronisation per forward on a GPU.
         precision: how the simulation and the products of J are computed, see `ide_snn.precision`.
         compile: prepare the training step once and then run it by a few calls, where that can be done
-            (`ide_snn.compiled`); the log says whether it is.
+            (`ide_snn.compiled`); on a GPU the time steps of the simulation (`ide_snn.graphed_simulation`). The log says
+            whether it is.
 
     Shapes: x [B, *] or [T, B, *] -> rates [B, *shape of the last population]; with `Bptt(output="spikes")` its spikes
     [T, B, *].
@@ -97,7 +99,7 @@ class FeedbackSNN(nn.Module):
         self.check_input = check_input
         self.precision: Precision = precision
         self.compile_ = compile
-        self._compiled = CompiledSteps()
+        self._compiled, self._graphed = CompiledSteps(), GraphedSimulations()
         self._path_said: str | None = None
         self._solve_hooks: OrderedDict[int, SolveHook] = OrderedDict()
         self._simulation_hooks: OrderedDict[int, SimulationHook] = OrderedDict()
@@ -115,7 +117,7 @@ class FeedbackSNN(nn.Module):
 
     def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Rates of the last population [B, *]; `generator` is for the dropout masks."""
-        if self.compile_ and self.training and torch.is_grad_enabled():
+        if self.compile_ and self.training and torch.is_grad_enabled() and not x.is_cuda:
             value = self._compiled(self, x, generator)
             if value is not None:
                 return value
@@ -379,6 +381,10 @@ class _Moment:
         neuron, gradient = self.block.neuron, self.block.gradient
         advance = gradient.firing(neuron).step_ if isinstance(gradient, Bptt) else step_
         steps, path = self.block.time_steps, self.map.path
+        if self.block.compile_ and (self.drive_value.is_cuda or path in FUSED_PATHS):
+            found = self.block._graphed(drive, layers, feedback, self.shapes, neuron, steps, record, path)
+            if found is not None:
+                return found
         return simulate(drive, layers, feedback, self.shapes, neuron, steps, record, advance, path)
 
     def through_time(self, gradient: Bptt, record: Record) -> tuple[Rates, Tensor]:

@@ -38,6 +38,7 @@ LAYERS = [
     "event_driven",
     "firing",
     "simulation",
+    "graphed_simulation",
     "equilibrium",
     "chain",
     "bptt",

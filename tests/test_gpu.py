@@ -63,3 +63,24 @@ def test_a_step_of_fast_is_close_to_that_of_float32() -> None:
         twin(x).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in twin.parameters()]))
     assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_time_steps_are_those_that_are_not(kind: str) -> None:
+    block = warmed_up(small_block(kind, dropout=0.3, precision="exact", solver=Gmres(1e-4))).float().cuda().train()
+    graphed = copy.deepcopy(block)
+    graphed.compile_ = True
+    optimizers = [torch.optim.SGD(b.parameters(), 0.05) for b in (block, graphed)]
+    x = example_input(kind).float().cuda()
+    for seed in range(4):
+        found = []
+        for net, optimizer in zip((block, graphed), optimizers, strict=True):
+            optimizer.zero_grad()
+            torch.manual_seed(seed)
+            value = net(x + seed)
+            value.square().sum().backward()
+            found.append((value.detach(), *(p.grad.clone() for p in net.parameters())))
+            optimizer.step()
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert len(graphed._graphed._graphs) == 1
