@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -229,12 +229,8 @@ class FeedbackSNN(nn.Module):
         if isinstance(self.gradient, Bptt):
             raise ValueError(f"precision={self.precision} is for implicit differentiation; with Bptt use 'float32'")
         path, reason = self._best_path(links, device)
-        said = [PATHS[path]]
-        if self.takes_integers(path):
-            said.append("input stage in whole numbers")
-        if path in EVENT_PATHS and rounds_convolutions(self.precision, device) and any(map(_is_convolution, links)):
-            said.append("dense convolutions in bfloat16")
-        message = f"precision={self.precision}: {', '.join(said)}" + (f" ({reason})" if reason else "")
+        said = ", ".join([PATHS[path], *self._rounded_besides(path, links, device)])
+        message = f"precision={self.precision}: {said}" + (f" ({reason})" if reason else "")
         if message != self._path_said:
             self._path_said = message
             log.log(logging.INFO if reason is None else logging.WARNING, message)
@@ -242,8 +238,25 @@ class FeedbackSNN(nn.Module):
 
     def takes_integers(self, path: Path) -> bool:
         """True where the input stage's products are those of `ide_snn.integers`, if the forward takes this path."""
+        return self._could_take_integers(path) and integers.why_unavailable() is None
+
+    def _could_take_integers(self, path: Path) -> bool:
         by_precision = self.precision == "fast" and path in EVENT_PATHS
         return by_precision and not self.input_has_time and integers.suits(self.input.operator)
+
+    def _rounded_besides(self, path: Path, links: Sequence[FixedConnection], device: torch.device) -> Iterator[str]:
+        """What `fast` may round beside the simulation, and whether it does on this machine."""
+        if self.precision != "fast" or path not in EVENT_PATHS:
+            return
+        if self._could_take_integers(path):
+            reason = integers.why_unavailable()
+            yield f"input stage in {'whole numbers' if reason is None else f'float32: {reason}'}"
+        # elsewhere f's own graph is differentiated, in float32
+        by_events = isinstance(self.gradient, Implicit) and (
+            self.gradient.jacobian_bn == "running" or not any(link.connection.uses_batch_statistics for link in links)
+        )
+        if by_events and any(link.operator is not None and link.operator.suits_onednn for link in links):
+            yield f"dense convolutions in {'bfloat16' if rounds_convolutions(self.precision, device) else 'float32'}"
 
     def _best_path(self, links: Sequence[FixedConnection], device: torch.device) -> tuple[Path, str | None]:
         """The path for `precision` exact or fast, and why it is not the one that was asked for."""
@@ -395,10 +408,6 @@ def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:
     if not isinstance(value, kinds):
         names = ", ".join(f"{kind.__name__}(...)" for kind in kinds)
         raise ValueError(f"{name} must be one of {names}, got {value!r}")
-
-
-def _is_convolution(link: FixedConnection) -> bool:
-    return link.operator is not None and link.operator.kind != "linear"
 
 
 def _as_connection(module: nn.Module) -> Connection:

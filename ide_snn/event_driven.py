@@ -201,7 +201,7 @@ def apply(
     """`operator.apply`, differentiable once, by a walk over x where it is sparse.
 
     Args:
-        rounded: factors, response and gradients of dense convolutions are rounded to bfloat16.
+        rounded: factors, response and gradients of dense convolutions that suit oneDNN are rounded to bfloat16.
         known: the value, which of convolutions is not computed again.
     """
     if operator.kind == "linear":
@@ -224,6 +224,7 @@ class _Convolution(torch.autograd.Function):
         known: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
+        rounded = rounded and operator.suits_onednn
         ctx.operator, ctx.rounded = operator, rounded
         if known is not None:
             return known.clone()  # callers overwrite it

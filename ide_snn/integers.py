@@ -7,7 +7,8 @@ of units, one per sample of x and one per output of the matrix M,
                                             M_pj = u_j k_pj,  u_j = max(sum |M_pj| / (524,416 - n), max |M_pj| / 32,767)
 
 for n inputs, rounded to nearest. No sum of any x exceeds 32 bits, so sums are exact, in any order and on any number of
-threads. What is rounded is some 1e-4 of the largest |x| of the sample and of the mean |M_pj| of the output.
+threads. An x is moved by at most 1.2e-4 of the largest of its sample, a weight by at most n / 10^6 of its output's mean
+|M_pj| or 1.5e-5 of the largest: so n is limited to 4,096.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ide_snn.products import product_stage
 from ide_snn.solvers.vectors import Factor
 
 TOGETHER = 256  # vectors whose whole numbers fit the second-level cache beside a block of the matrix
-MOST_INPUTS = 1 << 16  # beyond, a unit would leave less than three digits
+MOST_INPUTS = 4096  # whose units still leave more than two digits
 
 
 class _Pack(ctypes.Structure):
@@ -55,9 +56,8 @@ def why_unavailable() -> str | None:
 
 
 def suits(operator: Operator | None) -> bool:
-    """True where `apply` can compute K x, for x [B, inputs] in float32 on a CPU."""
-    is_linear = operator is not None and operator.kind == "linear" and operator.in_channels <= MOST_INPUTS
-    return is_linear and why_unavailable() is None
+    """True where `apply` can compute K x for x [B, inputs] in float32 on a CPU, with the kernels."""
+    return operator is not None and operator.kind == "linear" and operator.in_channels <= MOST_INPUTS
 
 
 class IntegerProduct:
@@ -95,10 +95,14 @@ class IntegerProduct:
 
 
 def multiply(x: Tensor, matrix: Tensor, *, by_outputs: bool = False) -> Tensor:
-    """x M [B, outputs] for x [B, inputs] and `matrix` M [inputs, outputs] or, with `by_outputs`, M^T."""
+    """x M [B, outputs] for x [B, inputs] and `matrix` M [inputs, outputs] or, with `by_outputs`, M^T.
+
+    At most MOST_INPUTS inputs.
+    """
     x, matrix = x.contiguous(), matrix.contiguous()
     inputs, outputs = reversed(matrix.shape) if by_outputs else matrix.shape
     assert x.shape[1:] == (inputs,)  # the kernel would read past it
+    assert inputs <= MOST_INPUTS  # its sums might overflow
     product, y = IntegerProduct(len(x), inputs, outputs, by_outputs=by_outputs), x.new_empty(len(x), outputs)
     product.take(x, matrix, y)
     for stage in product.stages:
@@ -125,5 +129,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         to_x = grad.mm(weight) if ctx.needs_input_grad[0] else None
-        to_weight = multiply(grad.t(), x) if ctx.needs_input_grad[1] else None
+        # whose sums are over the samples
+        product = multiply if len(x) <= MOST_INPUTS else torch.mm
+        to_weight = product(grad.t(), x) if ctx.needs_input_grad[1] else None
         return to_x, to_weight

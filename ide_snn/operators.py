@@ -78,6 +78,12 @@ class Operator:
         )
 
     @property
+    def suits_onednn(self) -> bool:
+        """True for convolutions that torch leaves to oneDNN; its own sum the products of bfloat16 in bfloat16."""
+        is_padded = any(p >= s for p, s in zip(self.output_padding, self.stride, strict=True))
+        return self.kind != "linear" and not (self.kind == "conv_transposed" and is_padded)
+
+    @property
     def has_few_inputs(self) -> bool:
         """True for convolutions of so few numbers per output that `apply_by_columns` pays on a CPU."""
         return self.kind == "conv" and self.groups == 1 and self.in_channels * math.prod(self.kernel_size) <= FEW_INPUTS

@@ -6,11 +6,13 @@
 | `exact`   | event-driven (`ide_snn.event_driven`): float32 sums over the spikes | dense, fused neuron kernel |
 | `fast`    | the same, and the simulation adds weights in 16-bit units, exactly | the same, products in TF32 |
 
+On a CPU `fast` also takes 16-bit whole numbers for a fully connected input stage (`ide_snn.integers`), and bfloat16 for
+the dense convolutions of f and of its gradient where the processor has it (`rounds_convolutions`).
 TF32 rounds the factors of a product to 11 significant bits and adds in float32; spikes are exact in it. Only `fast`
 allows it, in a block's simulation and solve; for the gradients of the weights, which torch computes, `round_products`
 sets it for the whole process, as the command line does.
 In `configs/precision` solvers stop at a residual of 1e-2 with `fast`, of 1e-3 with the others.
-Where the machine lacks what a precision needs, the dense products are taken and the log says why.
+Where the machine lacks what a precision needs, the next best is taken and the log says which.
 """
 
 from __future__ import annotations
@@ -48,8 +50,9 @@ def multiplies_bfloat16() -> bool:
 
 
 def rounds_convolutions(precision: str, device: torch.device) -> bool:
-    """True where the dense convolutions of f and of gradients on `device` take bfloat16; sums are float32."""
-    return precision == "fast" and device.type == "cpu" and multiplies_bfloat16()
+    """True where the dense convolutions of f and of gradients on `device` take bfloat16 (by oneDNN: float32 sums)."""
+    by_onednn = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+    return precision == "fast" and device.type == "cpu" and by_onednn and multiplies_bfloat16()
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -38,7 +38,7 @@ from ide_snn.equilibrium import AnalyticLinearisation
 from ide_snn.event_driven import EventConnection
 from ide_snn.firing import fire_stage, rate_stage
 from ide_snn.implicit import SolveHook, report
-from ide_snn.integers import IntegerProduct
+from ide_snn.integers import MOST_INPUTS, IntegerProduct
 from ide_snn.layers import Affine
 from ide_snn.native import Stage, Stages
 from ide_snn.neurons import NeuronParams
@@ -230,7 +230,7 @@ class _Slot:
         self.product.work.x = self.to_response.data_ptr()
         stages = [back, rates.packing, self.product, *([] if self.pull is None else [self.pull])]
         self.fourth, self.to_w_in = Stages(stages), None
-        if self.parts.in_integers:
+        if self.parts.in_integers and batch <= MOST_INPUTS:  # its sums are over the samples
             self.to_w_in = IntegerProduct(features, batch, self._w_in.shape[1], own_memory=True)
             self.fifth = Stages([*stages, *self.to_w_in.stages])
 

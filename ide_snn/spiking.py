@@ -239,7 +239,7 @@ def operator_gradients(
 
     Args:
         x: [B, C, H, W] ([B, C] for linear); y has the shape of the operator's response.
-        rounded: of convolutions the factors, and the gradients of x and W, are rounded to bfloat16
+        rounded: of convolutions that suit oneDNN the factors, and the gradients of x and W, are rounded to bfloat16
             (`precision.rounds_convolutions`); sums are float32.
     """
     if operator.kind == "linear":
@@ -250,7 +250,7 @@ def operator_gradients(
         )
     transposed = operator.kind == "conv_transposed"
     geometry = (operator.stride, operator.padding, operator.dilation, transposed, operator.output_padding)
-    if rounded:
+    if rounded and operator.suits_onednn:
         half = (tensor.to(torch.bfloat16) for tensor in (y, x, weight))
         wanted = (needs[0], needs[1], False)
         both = torch.ops.aten.convolution_backward(*half, None, *geometry, operator.groups, wanted)

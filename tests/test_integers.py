@@ -10,9 +10,9 @@ import pytest
 import torch
 from compiled_blocks import assert_close, block, images, step
 from hypothesis import example, given, settings
-from torch import Tensor, nn
+from torch import Tensor
 
-from ide_snn import Connection, FeedbackSNN, Gmres, NeuronParams, integers, native
+from ide_snn import Gmres, NeuronParams, integers, native
 from ide_snn.integers import apply, multiply
 from ide_snn.operators import Operator
 
@@ -49,8 +49,8 @@ def rounding(x: Tensor, matrix: Tensor) -> Tensor:
     by_outputs=st.booleans(),
 )
 @example(samples=300, inputs=784, outputs=400, seed=0, kind="normal", by_outputs=True)
-@example(samples=3, inputs=65_536, outputs=3, seed=0, kind="of one sign", by_outputs=True)
-@example(samples=3, inputs=65_535, outputs=33, seed=0, kind="of one sign", by_outputs=False)
+@example(samples=3, inputs=4_096, outputs=3, seed=0, kind="of one sign", by_outputs=True)
+@example(samples=3, inputs=4_095, outputs=33, seed=0, kind="of one sign", by_outputs=False)
 def test_a_product_is_that_of_float64_to_its_units(
     samples: int, inputs: int, outputs: int, seed: int, kind: str, by_outputs: bool
 ) -> None:
@@ -61,7 +61,7 @@ def test_a_product_is_that_of_float64_to_its_units(
 
 
 @pytest.mark.parametrize("by_outputs", [False, True])
-@pytest.mark.parametrize("inputs", [1, 2, 15, 16, 33, 784, 4_097, 65_536])
+@pytest.mark.parametrize("inputs", [1, 2, 15, 16, 33, 784, 4_095, 4_096])
 def test_the_largest_sums_do_not_overflow(inputs: int, by_outputs: bool) -> None:
     """All numbers the same: every level is the largest there is."""
     x, matrix = torch.full((3, inputs), 0.7), torch.full((inputs, 40), -1.3)
@@ -145,18 +145,28 @@ def test_a_layer_has_the_gradients_of_the_dense_one() -> None:
     assert not torch.equal(found[0][0], found[1][0])  # it is another product
 
 
-def test_a_weight_changed_before_the_backward_is_noticed() -> None:
-    x, weight = torch.randn(4, 6), torch.randn(3, 6, requires_grad=True)
-    y = apply(Operator("linear", 6, 3), x, weight * 1, None)
-    x.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+def test_factors_changed_before_the_backward_are_noticed() -> None:
+    for changed in range(2):
+        x, weight = torch.randn(4, 6), torch.randn(3, 6, requires_grad=True)
+        factors = x, weight * 1
+        y = apply(Operator("linear", 6, 3), *factors, None)
+        factors[changed].detach().add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
-def fast_block(stage: nn.Module, features: int, **options: object) -> FeedbackSNN:
-    torch.manual_seed(0)
-    feedback = Connection(nn.Linear(features, features), constraint="spectral_matrix", bound=0.5)
-    return FeedbackSNN(input=stage, feedback=feedback, neuron=NeuronParams(1.0, 0.9), time_steps=6, **options)
+@pytest.mark.parametrize("samples", [4_095, 4_096, 4_097, 9_000])
+def test_the_gradient_of_a_large_batch(samples: int) -> None:
+    """Its sums are over the samples."""
+    generator = torch.Generator().manual_seed(6)
+    x, to_y = torch.rand(samples, 5, generator=generator), torch.randn(samples, 8, generator=generator)
+    weight = torch.randn(8, 5, generator=generator, requires_grad=True)
+    (found,) = torch.autograd.grad(apply(Operator("linear", 5, 8), x, weight, None), weight, to_y)
+    expected = to_y.t().double() @ x.double()
+    assert float((found - expected).norm() / expected.norm()) < (4e-3 if samples <= integers.MOST_INPUTS else 1e-5)
+    options = {"batch_norm": False, "dropout": 0.0, **FAST}
+    both = [step(block(8, 5, compile=compile, **options), images(samples, 5))[1] for compile in (False, True)]
+    assert_close(both[1], both[0], "fast")
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -177,14 +187,15 @@ def test_a_block_takes_them_with_fast_alone_and_says_so(compile: bool, monkeypat
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_block_has_the_rates_and_gradients_of_exact(compile: bool) -> None:
-    """With a threshold so high that no spike moves: what is left is rounding."""
-    options = {"neuron": NeuronParams(40.0, 1.0), "dropout": 0.0, "compile": compile, "solver": Gmres(1e-5)}
-    found = [step(block(200, 90, precision=p, **options), images(40, 90)) for p in ("fast", "exact")]
+    """But for a spike here and there: gradients as vectors."""
+    options = {"neuron": NeuronParams(1.0, 1.0), "dropout": 0.0, "compile": compile, "solver": Gmres(1e-5)}
+    found = [step(block(200, 90, precision=p, **options), images(200, 90)) for p in ("fast", "exact")]
     (rates, mine), (expected, theirs) = found
-    assert torch.equal(rates, expected)
-    for name, tensor in theirs.items():
-        scale = max(float(t.abs().max()) for t in theirs.values())
-        torch.testing.assert_close(mine[name], tensor, rtol=0, atol=5e-3 * scale, msg=lambda m, n=name: f"{n}: {m}")
+    assert 0.1 < float((expected > 0).float().mean()) < 0.9
+    assert float((rates != expected).float().mean()) < 0.02
+    for name in ("input.op.weight", "input.bn.weight", "feedback.op.parametrizations.weight.original"):
+        assert float(theirs[name].norm()) > 0
+        assert float((mine[name] - theirs[name]).norm() / theirs[name].norm()) < 0.1, name
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
@@ -205,8 +216,7 @@ def test_without_the_instructions_the_products_are_float32(monkeypatch, caplog) 
     monkeypatch.setattr(integers, "why_unavailable", lambda: "none here")
     with caplog.at_level(logging.INFO, "ide_snn.block"):
         step(block(200, 90, compile=False, **FAST), images(40, 90))
-    assert "precision=fast: event-driven, 16-bit weights" in caplog.text
-    assert "whole numbers" not in caplog.text
+    assert "precision=fast: event-driven, 16-bit weights, input stage in float32: none here" in caplog.text
 
 
 def test_a_stage_that_does_not_suit_is_float32() -> None:

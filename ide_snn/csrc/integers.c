@@ -19,7 +19,7 @@ typedef __m512i Sums;
 #else
 #define add_products(sum, x, w) _mm512_add_epi32(sum, _mm512_madd_epi16(x, w))
 #endif
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && WIDTH == 8
 #define ROWS 4
 typedef __m256i Sums;
 #define load(p) _mm256_loadu_si256((const __m256i *)(p))
@@ -34,6 +34,7 @@ typedef __m256i Sums;
 #define COLUMNS (VECTORS * WIDTH)
 
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int16_t Level __attribute__((may_alias));
 typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
 
 #define LEVELS 4095     /* of a vector: 12 bits and a sign */
@@ -77,19 +78,27 @@ typedef struct {
 
 #if defined(ROWS)
 
+/* The lower and the upper halves of two vectors, number by number. */
+#if WIDTH == 16
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#else
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#endif
+#if defined(__clang__)
+#define interleave(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define interleave(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
+#endif
+
 /* Row i and column i of a square change places: each round interleaves its upper and its lower half. */
 static inline void transpose(Ints *rows) {
-#if WIDTH == 16
-    const Ints low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    const Ints high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-#else
-    const Ints low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
-#endif
     for (int round = 1; round < WIDTH; round *= 2) {
         Ints next[WIDTH];
         for (int i = 0; i < WIDTH / 2; i++) {
-            next[2 * i] = __builtin_shuffle(rows[i], rows[i + WIDTH / 2], low);
-            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + WIDTH / 2], high);
+            next[2 * i] = interleave(rows[i], rows[i + WIDTH / 2], LOW);
+            next[2 * i + 1] = interleave(rows[i], rows[i + WIDTH / 2], HIGH);
         }
         memcpy(rows, next, sizeof next);
     }
@@ -212,7 +221,7 @@ typedef struct {
 
 static void take(Row *to, int64_t n, const float *x) {
     int32_t most = 0; /* bits of numbers without sign are ordered as the numbers are, infinity and NaN last */
-    int16_t *k = (int16_t *)to->pairs;
+    Level *k = (Level *)to->pairs;
     float largest;
     for (int64_t i = 0; i < n; i++) {
         int32_t bits;
