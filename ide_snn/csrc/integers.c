@@ -104,13 +104,13 @@ static inline void transpose(Ints *rows) {
     }
 }
 
-/* The unit of weights of absolute sum `sum`, the largest of which is `most`, divided by LEVELS; and 1 / unit. NaN stays, and what
- * is too small for 1 / unit is 0. */
+/* The unit of weights of absolute sum `sum`, the largest of which is `most`, divided by LEVELS; and 1 / unit. NaN stays, and of what
+ * is too small for 1 / unit the levels are 0. */
 static inline float unit_of(float sum, float most, int64_t inputs, float *inverse) {
     float unit = sum / (float)(MOST - inputs), by_most = most / LARGEST; /* each is rounded by at most 1/2 */
     unit = unit < by_most ? by_most : unit;
     *inverse = unit > SMALL ? 1 / unit : 0;
-    return unit <= SMALL ? 0 : unit / LEVELS;
+    return unit / LEVELS;
 }
 
 static inline float magnitude(float x) {
