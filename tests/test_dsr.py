@@ -464,10 +464,9 @@ def ddp_worker(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns of any fork beside threads
 def test_ddp_is_training_on_the_whole_batch(tmp_path: Path) -> None:
-    # forked, since two fresh interpreters would import torch for longer than the rest of this file takes
-    mp.start_processes(ddp_worker, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    # not forked: a fork of a process with threads may wait for ever
+    mp.start_processes(ddp_worker, args=(str(tmp_path),), nprocs=2, start_method="spawn")
     net, x = ddp_network()
     start = copy.deepcopy(net.state_dict())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
