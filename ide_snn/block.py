@@ -269,7 +269,8 @@ class FeedbackSNN(nn.Module):
             reason = None if self.precision == "exact" else why_no_tf32(device)
             return ("fused" if self.precision == "exact" or reason else "fused_tf32"), reason
         maps = [link.frozen for link in links]
-        reason = event_driven.why_not(maps)
+        of_input = (p.dtype for p in self.input.parameters() if p.is_floating_point() and p.dtype != torch.float32)
+        reason = next((f"the input stage is {dtype}" for dtype in of_input), None) or event_driven.why_not(maps)
         if reason is not None:
             return "dense", reason
         if self.precision == "exact":

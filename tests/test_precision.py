@@ -156,6 +156,16 @@ def test_what_it_does_not_do_is_done_densely_and_said_once(kind: str, dtype, wor
     assert words in said[0].message
 
 
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_an_input_stage_of_another_type_is_dense(precision: Precision, caplog) -> None:
+    """Its drive is what the kernels would read as float32."""
+    block = small_block("fc", dropout=0.0, time_steps=3, precision=precision).float().eval()
+    block.input.double()
+    with caplog.at_level(logging.INFO, "ide_snn.block"), torch.no_grad(), suppress(RuntimeError):
+        block(example_input("fc").double())
+    assert "dense (the input stage is torch.float64)" in caplog.text
+
+
 def test_without_a_compiler_the_dense_products_are_taken(monkeypatch, caplog) -> None:
     monkeypatch.setattr(event_driven.native, "why_unavailable", lambda name: f"no {name} here")
     block = small_block("conv", dropout=0.0, time_steps=3, precision="exact").float().eval()
