@@ -9,9 +9,9 @@ positions it reaches,
 The sums are those of the dense product in another order, in float32, so membranes and rates differ from those of
 torch's products by rounding alone. Or the weights are rounded to 16-bit multiples of a unit per output channel
 ("levels"), whose sums are exact and cost half. Neurons are updated while the sums are in the cache (`csrc/events.c`);
-samples are independent, so a run of T steps needs memory for the state alone, whatever T is. Fully connected
-populations have one position per sample; there the kernels take many samples together, as if they were positions, so
-that a block of the weight stays in the cache for all of them.
+samples are independent, so a run of T steps needs memory for the state alone, whatever T is. Where a weight does not
+fit the cache, the kernels walk over the events of a few samples together, as if their positions were one sample's, so
+that it is read once for all of them; fully connected populations, of one position, over those of many.
 
 The same walk over values that are not zero applies f to rates and J^T to vectors that the slopes have thinned out.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -41,7 +41,9 @@ from ide_snn.spiking import operator_gradients
 
 LANES, STRETCH = 16, 512  # of csrc/events.c
 MAX_BLOCK = 64  # output channels whose sums fit the registers; LANES of a linear map, whose rows then fit the cache
-TOGETHER = 64  # samples of a fully connected network
+TOGETHER = 64  # samples of a fully connected population whose events are walked over at a time
+FEW = 8  # the same of convolutions
+CACHED = 8 << 20  # bytes of weights that stay in the last-level cache beside what else there is
 LEVEL_LANES, LEVEL_BLOCK = 32, 128  # of weights in whole units
 LEVELS = 32767  # largest sum of them
 MOST_INPUTS = 4096  # of an output: rounding then moves a weight by some 1.6 % of their root mean square
@@ -106,6 +108,7 @@ class EventConnection:
         # the kernel that has packed the weight, for when its numbers have changed
         self.packing = self._packing(affine.weight, inputs_first=(operator.kind == "conv_transposed") != adjoint)
         self.packing.run()
+        self._targets: dict[int, np.ndarray] = {}  # by samples together; the kernels have their addresses
         self.bias = None if adjoint or affine.bias is None else affine.bias.contiguous()
         self.gain = None if adjoint or affine.gain is None else channels_last(affine.gain)
 
@@ -121,20 +124,18 @@ class EventConnection:
         )
         return Stage("events", "pack", work, self.weight.numel(), (weight, self.weight, self.unit))
 
-    def as_struct(self, reach: Reach, part: slice) -> works.Connection:
-        """For the samples `part` of the batch, with events that go where `reach` says."""
+    def as_struct(self, together: int) -> works.Connection:
+        """For walks over the events of so many samples at a time."""
+        reach = self.reach
+        if together not in self._targets:
+            self._targets[together] = reach.targets(together)
         return works.Connection(
-            reach.in_positions,
-            self.in_channels,
-            reach.out_positions,
-            self.out_channels,
-            reach.taps,
-            self.block,
-            self.blocks,
+            *(reach.in_positions, self.in_channels, reach.out_positions, self.out_channels),
+            *(together, reach.taps, self.block, self.blocks),
             self.weight.data_ptr() if self.unit is None else None,
-            reach.target.ctypes.data,
+            self._targets[together].ctypes.data,
             _pointer(self.bias),
-            _pointer(None if self.gain is None else self.gain[part]),
+            _pointer(self.gain),
             None if self.unit is None else self.weight.data_ptr(),
             _pointer(self.unit),
         )
@@ -155,16 +156,12 @@ class EventConnection:
         x = channels_last(x)
         scale = None if scale is None else channels_last(scale)
         y = empty_channels_last((x.shape[0], *self.out_shape), x, torch.float32)
-        for part, items, (reach,) in _parts(x.shape[0], [self]):
-            struct = self.as_struct(reach, part)
-            scratch, _memory = works.Scratch.of(
-                reach.out_positions * self.block, reach.in_positions * self.in_channels, reach.in_positions
-            )
-            tensors = (x[part], None) if is_spikes else (None, x[part])
-            pointers = (_pointer(t) for t in (*tensors, None if scale is None else scale[part], y[part]))
-            work = works.Product(ctypes.addressof(struct), items, 0, *pointers, scratch)
-            numbers = reach.taps * (x[part].numel() + y[part].numel())
-            native.run("events", "product", work, numbers)
+        struct = self.as_struct(*_together([self], len(x)))
+        scratch, _memory = works.Scratch.of(*_room(struct, self.block))
+        tensors = (x, None) if is_spikes else (None, x)
+        pointers = (_pointer(tensor) for tensor in (*tensors, scale, y))
+        work = works.Product(ctypes.addressof(struct), len(x), 0, *pointers, scratch)
+        native.run("events", "product", work, self.reach.taps * (x.numel() + y.numel()))
         return y
 
 
@@ -267,14 +264,12 @@ class EventMap:
     def adjoint_factor(self, scale: Tensor) -> Factor:
         """y -> K^T (scale * y) of single samples, for solves."""
         connection, scale = self._backward, channels_last(scale)
-        reach = connection.reach
-        struct = connection.as_struct(reach, slice(None))
-        scratch = works.Scratch.sizes(
-            reach.out_positions * connection.block, reach.in_positions * connection.in_channels, reach.in_positions
-        )
+        (together,) = _together([connection])
+        struct = connection.as_struct(together)
+        scratch = works.Scratch.sizes(*_room(struct, connection.block))
         work = works.FactorWork(ctypes.addressof(struct), scale.data_ptr(), scratch)
-        size = reach.out_positions * connection.out_channels
-        return Factor("events", "multiply", work, (connection, struct, scale), size, scratch=scratch.size)
+        size, keep = struct.out_positions * connection.out_channels, (connection, struct, scale)
+        return Factor("events", "multiply", work, keep, size, together, scratch=scratch.size)
 
 
 class State(Protocol):
@@ -305,11 +300,10 @@ def advance(
         share: of a step in the first state's `response`, which takes up K s[1..T] + bias of the feedback, weighted as
             the rates are; 0 where further steps are to follow. Other states have no response.
     """
-    for stage in stages(connections, states, drive, neuron, steps, from_rest=from_rest, share=share):
-        stage.run()
+    simulation_stage(connections, states, drive, neuron, steps, from_rest=from_rest, share=share).run()
 
 
-def stages(
+def simulation_stage(
     connections: Sequence[EventConnection],
     states: Sequence[State],
     drive: Tensor,
@@ -319,60 +313,48 @@ def stages(
     from_rest: bool = False,
     share: float = 0,
     own_memory: bool = False,
-) -> Iterator[Stage]:
-    """The kernels of `advance`, for parts of the batch.
+) -> Stage:
+    """The kernel of `advance`.
 
     Args:
-        own_memory: with scratch memory of their own, to be run at any time.
+        own_memory: with scratch memory of its own, to be run at any time.
     """
-    drive = channels_last(drive)
-    for part, items, reaches in _parts(drive.shape[0], connections):
-        both = list(zip(connections, reaches, strict=True))
-        slices = [_Slice(state, part) for state in states]
-        links = (works.Connection * len(connections))(
-            *(connection.as_struct(reach, part) for connection, reach in both)
-        )
-        populations = (works.Population * len(states))(*(state.as_struct(items) for state in slices))
-        accumulators = max(reach.out_positions * connection.at_once for connection, reach in both)
-        events = max(reach.in_positions * connection.in_channels for connection, reach in both)
-        positions = max(reach.in_positions for _, reach in both)
-        scratch, memory = works.Scratch.of(accumulators, events, positions, own=own_memory)
-        work = works.Simulation(
-            ctypes.addressof(links),
-            ctypes.addressof(populations),
-            *(len(states), items, steps, 0, from_rest),
-            drive[part].data_ptr(),
-            *(neuron.v_threshold, neuron.leak, share),
-            scratch,
-        )
-        elements = steps * sum(state.u.numel() for state in slices)
-        keep = (links, populations, slices, both, drive, memory)
-        yield Stage("events", "simulate", work, elements, keep)
+    drive, batch = channels_last(drive), len(drive)
+    together = _together(connections, batch)
+    structs = [c.as_struct(n) for c, n in zip(connections, together, strict=True)]
+    links = (works.Connection * len(structs))(*structs)
+    populations = (works.Population * len(states))(*map(_population, states))
+    rooms = [_room(struct, c.at_once) for struct, c in zip(structs, connections, strict=True)]
+    scratch, memory = works.Scratch.of(*map(max, zip(*rooms, strict=True)), own=own_memory)
+    work = works.Simulation(
+        ctypes.addressof(links),
+        ctypes.addressof(populations),
+        *(len(states), batch, steps, max(together), 0, from_rest),
+        drive.data_ptr(),
+        *(neuron.v_threshold, neuron.leak, share),
+        scratch,
+    )
+    elements = steps * sum(state.u.numel() for state in states)
+    return Stage("events", "simulate", work, elements, (links, populations, states, connections, drive, memory))
 
 
-def _parts(batch: int, connections: Sequence[EventConnection]) -> Iterator[tuple[slice, int, tuple[Reach, ...]]]:
-    """(samples, items that a thread takes one by one, where the events of an item go, per connection)."""
-    if not all(connection.is_linear for connection in connections):
-        yield slice(0, batch), batch, tuple(connection.reach for connection in connections)
-        return
-    whole = batch - batch % TOGETHER
-    for first, end, size in ((0, whole, TOGETHER), (whole, batch, batch - whole)):
-        if first < end:
-            reach = Reach(size, size, 1, np.arange(size, dtype=np.int32)[None])
-            yield slice(first, end), (end - first) // size, (reach,) * len(connections)
+def _together(connections: Sequence[EventConnection], batch: int | None = None) -> list[int]:
+    """Samples whose events each connection walks over at a time, used in turn; of such a batch each thread has some."""
+    is_large = sum(c.weight.numel() * c.weight.element_size() for c in connections) > CACHED
+    most = TOGETHER if batch is None else -(-batch // torch.get_num_threads())
+    return [min(TOGETHER if c.is_linear else FEW if is_large else 1, most) for c in connections]
 
 
-class _Slice:
-    """Some samples of a population."""
+def _room(struct: works.Connection, at_once: int) -> tuple[int, int, int]:
+    """Sums, events and positions that a thread has at a time, with so many channels' sums."""
+    outputs, inputs = struct.together * struct.out_positions, struct.together * struct.in_positions
+    return outputs * at_once, inputs * struct.in_channels, inputs
 
-    def __init__(self, state: State, part: slice) -> None:
-        count = None if state.count is state.weighted else state.count  # IF counts once
-        self.u = state.u[part]
-        others = (state.spikes, state.weighted, count, state.response)
-        self.others = [None if t is None else t[part] for t in others]
 
-    def as_struct(self, items: int) -> works.Population:
-        return works.Population(self.u.numel() // max(items, 1), *(_pointer(t) for t in (self.u, *self.others)))
+def _population(state: State) -> works.Population:
+    count = None if state.count is state.weighted else state.count  # IF counts once
+    tensors = (state.u, state.spikes, state.weighted, count, state.response)
+    return works.Population(state.u.numel() // max(len(state.u), 1), *map(_pointer, tensors))
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ide_snn import native
 class Connection(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("in_positions", "in_channels", "out_positions", "out_channels")),
-        *((name, ctypes.c_int64) for name in ("taps", "block", "blocks")),
+        *((name, ctypes.c_int64) for name in ("together", "taps", "block", "blocks")),
         *((name, ctypes.c_void_p) for name in ("weight", "target", "bias", "gain", "levels", "unit")),
     ]
 
@@ -64,7 +64,7 @@ class Scratch(ctypes.Structure):
 class Simulation(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("connections", "populations")),
-        *((name, ctypes.c_int64) for name in ("n", "batch", "steps", "next", "from_rest")),
+        *((name, ctypes.c_int64) for name in ("n", "batch", "steps", "group", "next", "from_rest")),
         ("drive", ctypes.c_void_p),
         *((name, ctypes.c_double) for name in ("threshold", "leak", "share")),
         ("scratch", Scratch),

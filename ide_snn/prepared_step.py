@@ -187,12 +187,12 @@ class _Slot:
         response, total = torch.empty_like(self.y), neuron.total_weight(steps)
         u, spikes, weighted = (torch.empty_like(self.y, dtype=dtype) for dtype in (None, torch.uint8, None))
         states = [_State(u, spikes, weighted, response)]
-        simulation = event_driven.stages(
+        simulation = event_driven.simulation_stage(
             [connection], states, self.drive, neuron, steps, from_rest=True, share=1 / total, own_memory=True
         )
         behind = [
             self._normalisation(of_input),
-            *simulation,
+            simulation,
             rate_stage(states, total, self.rates),
             fire_stage(response, of_feedback, self.drive, self.slope, self.through, neuron.v_threshold),
         ]

@@ -33,6 +33,12 @@ class Reach:
         table[tap, source] = target  # for each tap and source there is one target
         return cls(*sizes, taps, table)
 
+    def targets(self, samples: int) -> np.ndarray:
+        """`target` of so many samples whose positions follow each other, [taps, samples * in_positions]."""
+        before = self.out_positions * np.arange(samples, dtype=np.int32)[:, None]
+        target = np.where(self.target[:, None] < 0, np.int32(-1), self.target[:, None] + before)
+        return target.reshape(self.taps, -1)
+
 
 def _pairs(
     operator: Operator, input_size: tuple[int, ...], output_size: tuple[int, ...]

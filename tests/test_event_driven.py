@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from networks import example_input, small_block, warmed_up
 from torch import Tensor, nn
 
-from ide_snn import NeuronParams, event_driven, native
+from ide_snn import Gmres, NeuronParams, event_driven, native
 from ide_snn.event_driven import EventConnection
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
@@ -289,3 +290,57 @@ def test_levels_multiply_spikes_only() -> None:
     module, shape = MODULES["conv"]
     with pytest.raises(ValueError, match="levels=False"):
         EventConnection(affine_of(module, shape, 2), levels=True)(torch.ones(2, *shape))
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["fc", "conv", "multilayer"])
+def test_what_is_walked_over_together_does_not_matter(
+    kind: str, threads: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = warmed_up(small_block(kind, dropout=0.2, precision=precision).float())
+    block.solver = Gmres(tol=1e-3)
+    x, state = example_input(kind, batch=11).float(), copy.deepcopy(block.state_dict())
+
+    def step() -> list[Tensor]:
+        block.load_state_dict(state)
+        rates = block(x, generator=torch.Generator().manual_seed(0))
+        v = torch.randn(rates.shape, generator=torch.Generator().manual_seed(1))
+        return [rates, *torch.autograd.grad((rates * v).sum(), list(block.parameters()))]
+
+    own_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        alone = step()
+        monkeypatch.setattr(event_driven, "CACHED", 0)  # large weights: some samples of a convolution at a time
+        for few in (3, 8):
+            monkeypatch.setattr(event_driven, "FEW", few)
+            for one, other in zip(alone, step(), strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(own_threads)
+
+
+@pytest.mark.parametrize("name", ["conv", "strided", "transposed"])
+def test_products_of_samples_together_are_those_of_each(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, shape = MODULES[name]
+    affine = affine_of(module, shape, 7)
+    generator = torch.Generator().manual_seed(1)
+    x, scale = (torch.randn(7, *shape, generator=generator).relu() for _ in range(2))
+    spikes = (x > 0.5).to(torch.uint8)
+    y = torch.randn(7, *affine.operator.output_shape(shape), generator=generator)
+
+    def products() -> list[Tensor]:
+        return [
+            EventConnection(affine)(x, scale),
+            EventConnection(affine)(spikes),
+            EventConnection(affine, levels=True)(spikes),
+            EventConnection(affine, adjoint=True)(y),
+        ]
+
+    alone = products()
+    monkeypatch.setattr(event_driven, "CACHED", 0)
+    for few in (2, 3, 8):
+        monkeypatch.setattr(event_driven, "FEW", few)
+        for one, other in zip(alone, products(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -8,9 +8,10 @@
  * that no set of spikes can overflow its sum, so sums are exact, in any order.
  *
  * All tensors are channels-last, [B][positions][channels]. Output channels are cut into blocks; while one position's
- * events are added, a block of its sums stays in registers, and the rows of one tap in the cache. Samples are independent:
- * threads take them one by one from a shared counter, and every sum has its order, so the result does not depend on the
- * number of threads.
+ * events are added, a block of its sums stays in registers, and the rows of one tap in the cache. A connection may take a
+ * few samples together, as if their positions were one sample's: a weight too large for the cache is then read once for all
+ * of them. Samples are independent: threads take some at a time from a shared counter, and every sum has its order, so the
+ * result depends neither on the number of threads nor on what is taken together.
  */
 
 #include <math.h>
@@ -24,10 +25,11 @@ typedef int32_t Bits __attribute__((vector_size(4 * WIDTH), aligned(4), may_alia
 typedef int16_t Levels __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
 
 typedef struct {
-    int64_t in_positions, in_channels, out_positions, out_channels;
+    int64_t in_positions, in_channels, out_positions, out_channels; /* positions are those of a sample */
+    int64_t together;               /* samples at most whose events are walked over at a time */
     int64_t taps, block, blocks;    /* block: output channels per block, a multiple of LANES */
     const float *weight;            /* [blocks][taps][in_channels][block], zero behind out_channels */
-    const int32_t *target;          /* [taps][in_positions]: output position that a tap leads to, -1 for none */
+    const int32_t *target;          /* [taps][together * in_positions]: output position that a tap leads to, -1 for none */
     const float *bias;              /* [out_channels] or NULL */
     const float *gain;              /* [B][out_positions][out_channels] or NULL */
     const int16_t *levels;          /* the weight in whole units, laid out alike; NULL where it is `weight` */
@@ -59,12 +61,13 @@ typedef struct {
     int32_t *order;   /* [positions]: those with events */
     int32_t *pairs;   /* [2 * positions + 2]: of one tap */
     int64_t active;   /* entries of `order` */
+    int64_t positions; /* so far */
 } Events;
 
 static Events cut_scratch(const Scratch *s, char *mine, float **acc) {
     *acc = (float *)mine;
     int32_t *channel = (int32_t *)(*acc + s->accumulators), *first = channel + 2 * s->events;
-    Events events = {channel, (float *)(channel + s->events), first, first + s->positions, first + 2 * s->positions, 0};
+    Events events = {channel, (float *)(channel + s->events), first, first + s->positions, first + 2 * s->positions, 0, 0};
     return events;
 }
 
@@ -72,37 +75,37 @@ static Events take_scratch(Scratch *s, float **acc) {
     return cut_scratch(s, s->memory + __atomic_fetch_add(&s->threads, 1, __ATOMIC_RELAXED) * s->size, acc);
 }
 
-/* Notes the positions that have events: those of p end before event n. */
-static inline void close_position(Events *events, int64_t p, int32_t n) {
-    events->first[p + 1] = n;
-    events->order[events->active] = (int32_t)p;
+static void no_events(Events *events) { events->first[0] = events->positions = events->active = 0; }
+
+/* Notes the next position, whose events end before event n. */
+static inline void close_position(Events *events, int64_t n) {
+    int32_t p = (int32_t)events->positions++;
+    events->first[p + 1] = (int32_t)n;
+    events->order[events->active] = p;
     events->active += n > events->first[p];
 }
 
+/* Appends the events of further positions. */
 static void collect_spikes(const uint8_t *spikes, int64_t positions, int64_t channels, Events *events) {
-    int64_t n = 0;
-    events->first[0] = 0;
-    events->active = 0;
+    int64_t n = events->first[events->positions];
     for (int64_t p = 0; p < positions; p++) {
         n += compress_bytes(spikes + p * channels, channels, events->channel + n);
-        close_position(events, p, (int32_t)n);
+        close_position(events, n);
     }
 }
 
 static void collect_values(const float *x, const float *scale, int64_t positions, int64_t channels, Events *events) {
-    int64_t n = 0;
-    events->first[0] = 0;
-    events->active = 0;
+    int64_t n = events->first[events->positions];
     for (int64_t p = 0; p < positions; p++) {
         int64_t at = p * channels;
         n += compress(x + at, scale ? scale + at : 0, channels, 1, events->value + n, events->channel + n);
-        close_position(events, p, (int32_t)n);
+        close_position(events, n);
     }
 }
 
 /* Positions with events that `tap` leads somewhere, and where: their number. */
 static inline int64_t find_pairs(const Connection *k, int64_t tap, const Events *events) {
-    const int32_t *target = k->target + tap * k->in_positions;
+    const int32_t *target = k->target + tap * k->together * k->in_positions;
     int64_t pairs = 0;
     for (int64_t i = 0; i < events->active; i++) {
         int32_t p = events->order[i];
@@ -176,9 +179,9 @@ static inline __attribute__((always_inline)) void walk_levels(const Connection *
     }
 }
 
-/* acc [out_positions][block] = block `b` of the response to the spikes, in units, without bias. */
-static void respond_in_levels(const Connection *k, int64_t b, const Events *events, int16_t *acc) {
-    memset(acc, 0, k->out_positions * k->block * sizeof(int16_t));
+/* acc [positions][block] = block `b` of the response to the spikes, in units, without bias. */
+static void respond_in_levels(const Connection *k, int64_t b, const Events *events, int64_t positions, int16_t *acc) {
+    memset(acc, 0, positions * k->block * sizeof(int16_t));
     switch (k->block) {
         case 32: walk_levels(k, b, events, 32, acc); break;
         case 64: walk_levels(k, b, events, 64, acc); break;
@@ -199,9 +202,9 @@ static inline void from_levels(const Connection *k, int64_t b, int64_t positions
     }
 }
 
-/* acc [out_positions][block] = block `b` of the response to the events, bias included. */
-static void respond(const Connection *k, int64_t b, const Events *events, int weighted, float *acc) {
-    memset(acc, 0, k->out_positions * k->block * sizeof(float));
+/* acc [positions][block] = block `b` of the response to the events, bias included. */
+static void respond(const Connection *k, int64_t b, const Events *events, int64_t positions, int weighted, float *acc) {
+    memset(acc, 0, positions * k->block * sizeof(float));
     switch (k->block + weighted) {
         case 16: walk(k, b, events, 0, 16, acc); break;
         case 17: walk(k, b, events, 1, 16, acc); break;
@@ -214,7 +217,7 @@ static void respond(const Connection *k, int64_t b, const Events *events, int we
     }
     if (k->bias) {
         int64_t first = b * k->block, n = k->out_channels - first < k->block ? k->out_channels - first : k->block;
-        for (int64_t p = 0; p < k->out_positions; p++)
+        for (int64_t p = 0; p < positions; p++)
             for (int64_t j = 0; j < n; j++) acc[p * k->block + j] += k->bias[first + j];
     }
 }
@@ -351,32 +354,32 @@ static inline void add_up_in_time(int64_t n, const float *restrict x, float leak
     for (int64_t j = 0; j < n; j++) total[j] = total[j] * leak + x[j];
 }
 
-/* Population i of one sample, driven by the events of its predecessor. Blocks of STRETCH channels are computed, then the
- * neurons of one position after the other. `response` [size] or NULL: takes up the responses; with a `share` other than 0
- * it is multiplied by that in the end, and the neurons stay as they are. */
-static void update(const Connection *k, const Population *q, int64_t sample, const Events *events, const float *drive,
-                   float threshold, float leak, float *response, float share, float *acc) {
+/* A population of `samples` samples from the first on, driven by the events of its predecessor. Blocks of STRETCH channels
+ * are computed, then the neurons of one position after the other. `response` or NULL: takes up the responses; with a `share`
+ * other than 0 it is multiplied by that in the end, and the neurons stay as they are. */
+static void update(const Connection *k, const Population *q, int64_t sample, int64_t samples, const Events *events,
+                   const float *drive, float threshold, float leak, float *response, float share, float *acc) {
     float room[STRETCH];
+    int64_t all = samples * k->out_positions, size = all * k->block;
     for (int64_t b = 0; b < k->blocks; b += STRETCH / k->block) {
         int64_t blocks = k->blocks - b < STRETCH / k->block ? k->blocks - b : STRETCH / k->block;
         int64_t first = b * k->block, left = k->out_channels - first, n = left < STRETCH ? left : STRETCH;
-        int64_t size = k->out_positions * k->block;
         for (int64_t i = 0; i < blocks; i++)
-            if (k->levels) respond_in_levels(k, b + i, events, (int16_t *)acc + i * size);
-            else respond(k, b + i, events, 0, acc + i * size);
+            if (k->levels) respond_in_levels(k, b + i, events, all, (int16_t *)acc + i * size);
+            else respond(k, b + i, events, all, 0, acc + i * size);
         /* positions follow each other in memory where one block has all channels */
-        int64_t together = k->block == k->out_channels ? STRETCH / k->block : 1;
-        for (int64_t p = 0; p < k->out_positions; p += together) {
-            int64_t at = (sample * k->out_positions + p) * k->out_channels + first, behind = k->out_positions - p;
-            int64_t positions = behind < together ? behind : together;
+        int64_t most = k->block == k->out_channels ? STRETCH / k->block : 1;
+        for (int64_t p = 0; p < all; p += most) {
+            int64_t at = (sample * k->out_positions + p) * k->out_channels + first, behind = all - p;
+            int64_t positions = behind < most ? behind : most;
             for (int64_t i = 0; i < blocks; i++) {
                 int64_t source = i * size + p * k->block;
                 if (k->levels) from_levels(k, b + i, positions, (const int16_t *)acc + source, room + i * k->block);
                 else memcpy(room + i * k->block, acc + source, positions * k->block * sizeof(float));
             }
-            if (response) add_up_in_time(n * positions, room, leak, response + at - sample * q->size);
+            if (response) add_up_in_time(n * positions, room, leak, response + at);
             if (share != 0) {
-                for (int64_t j = at - sample * q->size, end = j + n * positions; j < end; j++) response[j] *= share;
+                for (int64_t j = at; j < at + n * positions; j++) response[j] *= share;
                 continue;
             }
             advance(n * positions, room, k->gain ? k->gain + at : 0, drive ? drive + at : 0, q->u + at, q->spikes + at,
@@ -389,7 +392,8 @@ typedef struct {
     const Connection *connections; /* the feedback, then from population i - 1 to i */
     const Population *populations;
     int64_t n, batch, steps;
-    int64_t next;                  /* sample to be taken by the next thread; starts at 0 */
+    int64_t group;                 /* samples that a thread takes at a time: no connection takes more together */
+    int64_t next;                  /* first sample to be taken by the next thread; starts at 0 */
     int64_t from_rest;             /* 1: whatever the populations hold, they start from 0 */
     const float *drive;            /* [B][size of population 0] */
     double threshold, leak;
@@ -397,10 +401,10 @@ typedef struct {
     Scratch scratch;
 } Simulation;
 
-static void rest(const Population *q, int64_t sample) {
-    int64_t at = sample * q->size, bytes = q->size * sizeof(float);
+static void rest(const Population *q, int64_t sample, int64_t samples) {
+    int64_t at = sample * q->size, bytes = samples * q->size * sizeof(float);
     memset(q->u + at, 0, bytes);
-    memset(q->spikes + at, 0, q->size);
+    memset(q->spikes + at, 0, samples * q->size);
     if (q->weighted) memset(q->weighted + at, 0, bytes);
     if (q->count) memset(q->count + at, 0, bytes);
     if (q->response) memset(q->response + at, 0, bytes);
@@ -411,18 +415,21 @@ static void rest(const Population *q, int64_t sample) {
 void simulate(Simulation *s) {
     float *acc, threshold = (float)s->threshold, leak = (float)s->leak;
     Events events = take_scratch(&s->scratch, &acc);
-    for (int64_t sample; (sample = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED)) < s->batch;) {
-        for (int64_t i = 0; s->from_rest && i < s->n; i++) rest(s->populations + i, sample);
+    for (int64_t begin; (begin = __atomic_fetch_add(&s->next, s->group, __ATOMIC_RELAXED)) < s->batch;) {
+        int64_t end = begin + s->group < s->batch ? begin + s->group : s->batch;
+        for (int64_t i = 0; s->from_rest && i < s->n; i++) rest(s->populations + i, begin, end - begin);
         int64_t extra = s->populations->response && s->share != 0; /* step, of the response alone */
         for (int64_t t = 0; t < s->steps + extra; t++)
             for (int64_t i = 0; i < (t < s->steps ? s->n : 1); i++) {
                 const Connection *k = s->connections + i;
                 const Population *source = s->populations + (i ? i - 1 : s->n - 1);
-                float *response = s->populations[i].response;
-                if (response) response = s->from_rest && !t ? 0 : response + sample * s->populations[i].size;
-                collect_spikes(source->spikes + sample * source->size, k->in_positions, k->in_channels, &events);
-                update(k, s->populations + i, sample, &events, i ? 0 : s->drive, threshold, leak, response,
-                       t < s->steps ? 0 : (float)s->share, acc);
+                for (int64_t sample = begin; sample < end; sample += k->together) {
+                    int64_t samples = end - sample < k->together ? end - sample : k->together;
+                    no_events(&events);
+                    collect_spikes(source->spikes + sample * source->size, samples * k->in_positions, k->in_channels, &events);
+                    update(k, s->populations + i, sample, samples, &events, i ? 0 : s->drive, threshold, leak,
+                           s->from_rest && !t ? 0 : s->populations[i].response, t < s->steps ? 0 : (float)s->share, acc);
+                }
             }
     }
 }
@@ -430,28 +437,29 @@ void simulate(Simulation *s) {
 typedef struct {
     const Connection *connection;
     int64_t batch;
-    int64_t next;          /* sample to be taken by the next thread; starts at 0 */
+    int64_t next;          /* first sample to be taken by the next thread; starts at 0 */
     const uint8_t *spikes; /* [B][in_positions][in_channels], or NULL for */
     const float *x, *scale; /* numbers, with many zeros; scale may be NULL */
     float *y;              /* [B][out_positions][out_channels] */
     Scratch scratch;
 } Product;
 
-/* y [out_positions][out_channels] = gain * (K x + bias) of sample `sample`, from the events of x. */
-static void response(const Connection *k, int64_t sample, const Events *events, int weighted, float *acc, float *y) {
-    const float *gain = k->gain ? k->gain + sample * k->out_positions * k->out_channels : 0;
+/* y[i] [out_positions][out_channels] = gain * (K x + bias) of the samples whose events these are. `gain` may be NULL. */
+static void response(const Connection *k, int64_t samples, const Events *events, int weighted, const float *const *gain,
+                     float *acc, float *const *y) {
     for (int64_t b = 0; b < k->blocks; b++) {
         float room[STRETCH];
-        if (k->levels) respond_in_levels(k, b, events, (int16_t *)acc);
-        else respond(k, b, events, weighted, acc);
+        if (k->levels) respond_in_levels(k, b, events, samples * k->out_positions, (int16_t *)acc);
+        else respond(k, b, events, samples * k->out_positions, weighted, acc);
         int64_t c = b * k->block, n = k->out_channels - c < k->block ? k->out_channels - c : k->block;
-        for (int64_t p = 0; p < k->out_positions; p++) {
-            int64_t at = p * k->out_channels + c;
-            if (k->levels) from_levels(k, b, 1, (const int16_t *)acc + p * k->block, room);
-            memcpy(y + at, k->levels ? room : acc + p * k->block, n * sizeof(float));
-            if (gain)
-                for (int64_t j = 0; j < n; j++) y[at + j] *= gain[at + j];
-        }
+        for (int64_t i = 0; i < samples; i++)
+            for (int64_t p = 0; p < k->out_positions; p++) {
+                int64_t at = p * k->out_channels + c, source = (i * k->out_positions + p) * k->block;
+                if (k->levels) from_levels(k, b, 1, (const int16_t *)acc + source, room);
+                memcpy(y[i] + at, k->levels ? room : acc + source, n * sizeof(float));
+                if (gain)
+                    for (int64_t j = 0; j < n; j++) y[i][at + j] *= gain[i][at + j];
+            }
     }
 }
 
@@ -461,16 +469,23 @@ void product(Product *w) {
     float *acc;
     Events events = take_scratch(&w->scratch, &acc);
     int64_t in = k->in_positions * k->in_channels, out = k->out_positions * k->out_channels;
-    for (int64_t sample; (sample = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->batch;) {
-        const float *scale = w->scale ? w->scale + sample * in : 0;
-        if (w->spikes) collect_spikes(w->spikes + sample * in, k->in_positions, k->in_channels, &events);
-        else collect_values(w->x + sample * in, scale, k->in_positions, k->in_channels, &events);
-        response(k, sample, &events, !w->spikes, acc, w->y + sample * out);
+    for (int64_t first; (first = __atomic_fetch_add(&w->next, k->together, __ATOMIC_RELAXED)) < w->batch;) {
+        int64_t samples = w->batch - first < k->together ? w->batch - first : k->together;
+        const float *gain[samples];
+        float *y[samples];
+        for (int64_t i = 0; i < samples; i++) {
+            gain[i] = k->gain ? k->gain + (first + i) * out : 0;
+            y[i] = w->y + (first + i) * out;
+        }
+        no_events(&events);
+        if (w->spikes) collect_spikes(w->spikes + first * in, samples * k->in_positions, k->in_channels, &events);
+        else collect_values(w->x + first * in, w->scale ? w->scale + first * in : 0, samples * k->in_positions, k->in_channels, &events);
+        response(k, samples, &events, !w->spikes, k->gain ? gain : 0, acc, y);
     }
 }
 
 typedef struct {
-    const Connection *connection;
+    const Connection *connection; /* without gain */
     const float *scale; /* [B][in_positions][in_channels] or NULL */
     Scratch scratch;    /* its sizes; the memory comes with each call */
 } Factor;
@@ -481,8 +496,11 @@ void multiply(const Factor *f, char *scratch, int64_t count, const int64_t *samp
     int64_t in = k->in_positions * k->in_channels;
     float *acc;
     Events events = cut_scratch(&f->scratch, scratch, &acc);
-    for (int64_t i = 0; i < count; i++) {
-        collect_values(x[i], f->scale ? f->scale + samples[i] * in : 0, k->in_positions, k->in_channels, &events);
-        response(k, samples[i], &events, 1, acc, y[i]);
+    for (int64_t first = 0; first < count; first += k->together) {
+        int64_t n = count - first < k->together ? count - first : k->together;
+        no_events(&events);
+        for (int64_t i = first; i < first + n; i++)
+            collect_values(x[i], f->scale ? f->scale + samples[i] * in : 0, k->in_positions, k->in_channels, &events);
+        response(k, n, &events, 1, 0, acc, y + first);
     }
 }
