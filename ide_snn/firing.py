@@ -77,13 +77,16 @@ class _Fire(torch.autograd.Function):
         rate, slope, through = fire_(response, gain, drive, threshold)
         ctx.mark_dirty(response)
         ctx.mark_non_differentiable(slope)
+        ctx.set_materialize_grads(False)  # the slope's would be zeros
         ctx.save_for_backward(slope, through)
         return rate, slope
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         slope, through = ctx.saved_tensors
+        if grad is None:
+            return None, None, None, None
         return (
             grad * slope if ctx.needs_input_grad[0] else None,
             grad * through if ctx.needs_input_grad[1] else None,

@@ -67,6 +67,7 @@ def library(name: str) -> ctypes.CDLL:
     Raises:
         NativeUnavailable: no compiler, or it failed.
     """
+    keep_freed_memory()
     source = SOURCES / f"{name}.c"
     compiler = _compiler()
     # machines that share a cache folder must not share code made for another processor
@@ -190,6 +191,17 @@ def _counters(kind: type[ctypes.Structure], place: int) -> Iterator[tuple[int, i
             yield place + field.offset, field.size
         elif issubclass(inner, ctypes.Structure):
             yield from _counters(inner, place + field.offset)
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Lets glibc keep what tensors leave behind for the next ones, up to 64 MB.
+
+    It gives large blocks back to the system, whose new pages have to be mapped and cleared in every step, until it has
+    seen one freed that large (mallopt(3), M_MMAP_THRESHOLD): this one, whose pages are never touched. Elsewhere nothing
+    happens.
+    """
+    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
 
 
 def scratch(size: int) -> torch.Tensor:
