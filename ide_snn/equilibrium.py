@@ -18,7 +18,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from ide_snn import event_driven
+from ide_snn import convolutions
+from ide_snn.convolutions import SPARSE_BESIDE_BFLOAT16, RoundedMap, is_sparse
 from ide_snn.dense import DenseMap
 from ide_snn.event_driven import EventMap, channels_last
 from ide_snn.firing import fire, fire_
@@ -32,6 +33,7 @@ from ide_snn.solvers import LinearProblem
 from ide_snn.solvers.vectors import Factor
 
 Products = Literal["auto", "analytic", "autograd"]
+LEAST_ROUNDED_TOL = 5e-3  # of solves with products in bfloat16, whose own error is some 2e-3
 
 
 class LinearMap(Protocol):
@@ -90,7 +92,7 @@ class EquilibriumMap:
 
     @property
     def rounds_convolutions(self) -> bool:
-        """True where convolutions of event-driven paths are `event_driven.apply(..., rounded=True)`."""
+        """True where convolutions of event-driven paths are `convolutions.apply(..., rounded=True)`."""
         return rounds_convolutions(self.precision, self.drive.device)
 
     def __call__(self, a: Tensor, statistics: Statistics, *, update_running: bool = False) -> Tensor:
@@ -152,7 +154,7 @@ class EquilibriumMap:
                 response = known[number]
             else:
                 rounded = self.rounds_convolutions
-                response = event_driven.apply(affine.operator, a, affine.weight, affine.bias, rounded=rounded)
+                response = convolutions.apply(affine.operator, a, affine.weight, affine.bias, rounded=rounded)
             inputs.append(a)
             a, *both = fire_(channels_last(response), affine.gain, drive, self.neuron.v_threshold)
             slopes.append(both[0])
@@ -214,17 +216,22 @@ class EquilibriumMap:
                 maps.append(plain)
         return AnalyticLinearisation(tuple(maps), tuple(slopes))
 
-    def adjoint_problem(self, jacobian: Linearisation, g: Tensor, *, coupled: bool = False) -> LinearProblem:
+    def adjoint_problem(
+        self, jacobian: Linearisation, g: Tensor, *, coupled: bool = False, tol: float = 0
+    ) -> LinearProblem:
         """v = g + J^T v, with the kernels that the path allows.
 
         Args:
             jacobian: of this map.
             g: right-hand side, of the shape of a_n [B, *].
             coupled: J mixes the samples of the batch.
+            tol: relative residual that will do: a loose one lets `precision` round products.
         """
         native = self.path in EVENT_PATHS
         factors = None
         if native and not coupled and isinstance(jacobian, AnalyticLinearisation):
+            if tol >= LEAST_ROUNDED_TOL and self.rounds_convolutions:
+                jacobian = jacobian.rounded()
             factors = jacobian.transposed_factors()
         g = g if factors is None else channels_last(g)  # the order in memory that the kernels read
         return LinearProblem(jacobian.rmatvec, g, coupled, native, factors)
@@ -238,7 +245,7 @@ class EquilibriumMap:
 
 
 class _Products:
-    """`event_driven.apply` with what it has computed, or is to take as known."""
+    """`convolutions.apply` with what it has computed, or is to take as known."""
 
     known: Tensor | None
     value: Tensor
@@ -247,7 +254,7 @@ class _Products:
         self._rounded = rounded
 
     def __call__(self, operator: Operator, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        self.value = event_driven.apply(operator, x, weight, bias, rounded=self._rounded, known=self.known)
+        self.value = convolutions.apply(operator, x, weight, bias, rounded=self._rounded, known=self.known)
         return self.value
 
 
@@ -267,6 +274,10 @@ class AnalyticLinearisation:
             factors.append(link.adjoint_factor(slope))
         return tuple(factors)
 
+    def rounded(self) -> AnalyticLinearisation:
+        """With convolutions in bfloat16 where that is faster than a walk over what their slopes leave."""
+        return AnalyticLinearisation(tuple(map(_rounded, self.maps, self.slopes)), self.slopes)
+
     def matvec(self, w: Tensor) -> Tensor:
         with torch.no_grad():
             for link, slope in zip(self.maps, self.slopes, strict=True):
@@ -278,6 +289,12 @@ class AnalyticLinearisation:
             for link, slope in zip(reversed(self.maps), reversed(self.slopes), strict=True):
                 v = link.adjoint(v, slope)
         return v
+
+
+def _rounded(link: LinearMap, slope: Tensor) -> LinearMap:
+    if not isinstance(link, EventMap) or not link.affine.operator.suits_onednn:
+        return link
+    return link if is_sparse(slope, SPARSE_BESIDE_BFLOAT16) else RoundedMap(link.affine)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ samples are independent, so a run of T steps needs memory for the state alone, w
 fit the cache, the kernels walk over the events of a few samples together, as if their positions were one sample's, so
 that it is read once for all of them; fully connected populations, of one position, over those of many.
 
-The same walk over values that are not zero applies f to rates and J^T to vectors that the slopes have thinned out.
+The same walk over values that are not zero applies f to rates and J^T to vectors that the slopes have thinned out
+(`ide_snn.convolutions` says when).
 """
 
 from __future__ import annotations
@@ -22,22 +23,19 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ide_snn import event_works as works
 from ide_snn import native
 from ide_snn.layers import Affine
 from ide_snn.native import Stage
 from ide_snn.neurons import NeuronParams
-from ide_snn.operators import Operator
 from ide_snn.reach import Reach
 from ide_snn.solvers.vectors import Factor
-from ide_snn.spiking import operator_gradients
 
 LANES, STRETCH = 16, 512  # of csrc/events.c
 MAX_BLOCK = 64  # output channels whose sums fit the registers; LANES of a linear map, whose rows then fit the cache
@@ -47,8 +45,6 @@ CACHED = 8 << 20  # bytes of weights that stay in the last-level cache beside wh
 LEVEL_LANES, LEVEL_BLOCK = 32, 128  # of weights in whole units
 LEVELS = 32767  # largest sum of them
 MOST_INPUTS = 4096  # of an output: rounding then moves a weight by some 1.6 % of their root mean square
-SPARSE = 0.5  # share of numbers that are not 0 up to which a walk over them is faster than a dense convolution,
-SPARSE_BESIDE_BFLOAT16 = 0.3  # and than one of bfloat16
 
 
 def why_not(maps: Sequence[object]) -> str | None:
@@ -178,65 +174,6 @@ def connect(affine: object, *, levels: bool = False) -> EventConnection:
     if reason is not None or not isinstance(affine, Affine):
         raise ValueError(f"no event-driven simulation: {reason}")
     return EventConnection(affine, levels=levels)
-
-
-def is_sparse(x: Tensor, share: float = SPARSE) -> bool:
-    """True where so much of x [B, *] is 0 that a walk over the rest beats a dense product, by the first samples."""
-    some = x[: -(-len(x) // 16)]
-    return int(torch.count_nonzero(some)) < share * some.numel()
-
-
-def apply(
-    operator: Operator,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    rounded: bool = False,
-    known: Tensor | None = None,
-) -> Tensor:
-    """`operator.apply`, differentiable once, by a walk over x where it is sparse.
-
-    Args:
-        rounded: factors, response and gradients of dense convolutions that suit oneDNN are rounded to bfloat16.
-        known: the value, which of convolutions is not computed again.
-    """
-    if operator.kind == "linear":
-        return operator.apply(x, weight, bias)
-    y: Tensor = _Convolution.apply(x, weight, bias, operator, rounded, known)
-    return y
-
-
-class _Convolution(torch.autograd.Function):
-    """K x + b, where x is sparse by a walk; its backward pass by torch's dense convolutions."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        operator: Operator,
-        rounded: bool,
-        known: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        rounded = rounded and operator.suits_onednn
-        ctx.operator, ctx.rounded = operator, rounded
-        if known is not None:
-            return known.clone()  # callers overwrite it
-        if not is_sparse(x, SPARSE_BESIDE_BFLOAT16 if rounded else SPARSE):
-            if not rounded:
-                return operator.apply(x, weight, bias)
-            y = operator.apply(x.to(torch.bfloat16), weight.to(torch.bfloat16)).to(x.dtype)
-            return y if bias is None else y.add_(bias.view(-1, 1, 1))
-        return EventConnection(Affine(operator, weight, bias, 1, None, tuple(x.shape[1:])))(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        return *operator_gradients(ctx.operator, x, grad, weight, needs, rounded=ctx.rounded), None, None, None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from networks import example_input, small_block, warmed_up
 from torch import Tensor, nn
 
-from ide_snn import Gmres, NeuronParams, event_driven, native
+from ide_snn import Gmres, NeuronParams, convolutions, event_driven, native
 from ide_snn.event_driven import EventConnection
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
@@ -88,7 +88,7 @@ def test_any_geometry(transposed, channels, kernel, stride, padding, dilation, s
 def test_a_walk_over_rates_has_the_value_and_the_gradients_of_the_dense_product(name: str, share: float) -> None:
     module, shape = MODULES[name]
     operator, results = Operator.of(module), []
-    for apply in (event_driven.apply, Operator.apply):
+    for apply in (convolutions.apply, Operator.apply):
         generator = torch.Generator().manual_seed(7)
         x = torch.rand(3, *shape, generator=generator) * (torch.rand(3, *shape, generator=generator) < share)
         leaves = [t.detach().clone().requires_grad_() for t in (x, module.weight, module.bias)]

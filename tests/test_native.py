@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -52,3 +56,29 @@ def test_every_kernel_compiles_without_a_warning(name: str, tmp_path, monkeypatc
     monkeypatch.setenv("IDE_SNN_CACHE", str(tmp_path))
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-Wall", "-Wextra", "-Werror", "-Wno-sign-compare"))
     native.library(name)
+
+
+@NEEDS_COMPILER
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc's malloc")
+def test_freed_memory_of_tensors_is_used_again() -> None:
+    program = """
+import resource, sys, torch
+from ide_snn import native
+if sys.argv[1] == "kernels":
+    native.library("elementwise")
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for number in range(8):
+    before = faults()
+    tensors = [torch.ones(2 << 20) for _ in range(3)]  # 8 MB each
+    del tensors
+print(faults() - before)
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
+
+    def faults(which: str) -> int:
+        command = [sys.executable, "-c", program, which]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, env=clean).stdout)
+
+    pages = 3 * (8 << 20) // resource.getpagesize()
+    assert faults("kernels") < pages / 10
+    assert faults("torch alone") > pages / 2  # or the test shows nothing

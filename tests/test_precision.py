@@ -12,7 +12,7 @@ import torch
 from networks import example_input, small_block, warmed_up
 from torch import Tensor, nn
 
-from ide_snn import FeedbackSNN, Gmres, NeuronParams, event_driven, implicit, native
+from ide_snn import FeedbackSNN, Gmres, NeuronParams, convolutions, event_driven, implicit, native
 from ide_snn import block as block_module
 from ide_snn import chain as chain_module
 from ide_snn.bptt import Bptt
@@ -296,9 +296,9 @@ def test_training_with_batch_norm_has_the_gradients_of_float32(norms: tuple[bool
 def test_products_in_common_are_computed_once(monkeypatch) -> None:
     """Of three populations with batch norm behind the first: 2 + 1 instead of 3 + 3."""
     walks = []
-    compute = event_driven.apply
+    compute = convolutions.apply
     monkeypatch.setattr(
-        event_driven,
+        convolutions,
         "apply",
         lambda *a, known=None, **k: (walks.append(known is None), compute(*a, known=known, **k))[1],
     )

@@ -10,9 +10,13 @@ from networks import LIF
 from test_precision import gradients
 from torch import Tensor, nn
 
-from ide_snn import Connection, FeedbackSNN, Gmres, Implicit, Unrolled, equilibrium, event_driven, native, precision
+from ide_snn import Connection, FeedbackSNN, Gmres, Implicit, Unrolled, convolutions, equilibrium, native, precision
+from ide_snn.convolutions import RoundedMap
+from ide_snn.equilibrium import AnalyticLinearisation
+from ide_snn.layers import Affine
 from ide_snn.operators import Operator
 from ide_snn.precision import rounds_convolutions
+from ide_snn.solvers import Outcome, solve
 from ide_snn.spiking import operator_gradients
 
 REASON = native.why_unavailable("events")
@@ -56,10 +60,10 @@ def test_responses_are_rounded_where_they_are_dense(kind: str, share: float, bia
     operator, weight, b = Operator.of(module), module.weight.detach(), module.bias.detach() if bias else None
     x = torch.rand(4, 5, 9, 9, generator=generator)
     x = x * (torch.rand(x.shape, generator=generator) < share)
-    found, exact = event_driven.apply(operator, x, weight, b, rounded=True), operator.apply(x, weight, b)
+    found, exact = convolutions.apply(operator, x, weight, b, rounded=True), operator.apply(x, weight, b)
     assert found.dtype == torch.float32
     error = float((found - exact).norm() / exact.norm())
-    assert (1e-4 < error < 2.0**-8) if share > event_driven.SPARSE_BESIDE_BFLOAT16 else error < 1e-6
+    assert (1e-4 < error < 2.0**-8) if share > convolutions.SPARSE_BESIDE_BFLOAT16 else error < 1e-6
 
 
 def network(kind: str, **options: object) -> FeedbackSNN:
@@ -123,7 +127,7 @@ def test_what_onednn_does_not_compute_is_float32(monkeypatch) -> None:
         for mine, theirs in zip(found[:2], exact[:2], strict=True):
             assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
         assert (
-            float((event_driven.apply(operator, x, weight, None, rounded=flag) - operator.apply(x, weight)).norm())
+            float((convolutions.apply(operator, x, weight, None, rounded=flag) - operator.apply(x, weight)).norm())
             < 1e-3
         )
     monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
@@ -136,3 +140,43 @@ def test_it_is_not_said_where_it_is_not_done(gradient: Unrolled | Implicit, capl
         gradients(network("three", precision="fast", gradient=gradient).train(), images())
     assert "precision=fast: event-driven, 16-bit weights" in caplog.text
     assert "bfloat16" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["one", "three"])
+def test_loose_solves_round_products_with_dense_slopes(kind: str) -> None:
+    block = network(kind, precision="fast").eval()
+    rates, f = block.linearisation_point(images())
+    generator = torch.Generator().manual_seed(0)
+    shapes = block.population_shapes((2, 16, 16))
+
+    def jacobian(share: float) -> AnalyticLinearisation:
+        return f.linearise_with([0.5 * (torch.rand(len(rates), *s, generator=generator) < share) for s in shapes])
+
+    g, dense = torch.randn(rates.shape, generator=generator), jacobian(0.8)
+    rounded = f.adjoint_problem(dense, g, tol=1e-2)
+    assert rounded.factors is None
+    exact = dense.rmatvec(g)
+    assert 1e-4 < float((rounded.matvec(g) - exact).norm() / exact.norm()) < 1e-2
+    assert rounded.matvec(g).dtype == torch.float32
+    tight, sparse = f.adjoint_problem(dense, g, tol=1e-3), f.adjoint_problem(jacobian(0.1), g, tol=1e-2)
+    torch.testing.assert_close(tight.matvec(g), exact, rtol=0, atol=0)
+    assert tight.factors is not None
+    assert sparse.factors is not None
+    solution = solve(rounded, Gmres(tol=1e-2))
+    residual = g + dense.rmatvec(solution.value) - solution.value
+    assert solution.outcome is Outcome.converged
+    assert float((residual.flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1)).max()) < 1.3e-2
+
+
+def test_rounded_maps_and_their_adjoints_agree() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for module in (MODULES["conv"], MODULES["conv_transposed"]):
+        link = RoundedMap(Affine(Operator.of(module), module.weight.detach(), None, 1, None, (5, 9, 9)))
+        x = torch.randn(4, 5, 9, 9, generator=generator)
+        y = torch.randn(link.linear(x).shape, generator=generator)
+        scale = torch.rand(y.shape, generator=generator)
+        torch.testing.assert_close(
+            (link.linear(x) * y * scale).sum(), (x * link.adjoint(y, scale)).sum(), rtol=1e-2, atol=0.5
+        )
+        exact = link.affine.adjoint(y * scale)
+        assert 1e-4 < float((link.adjoint(y, scale) - exact).norm() / exact.norm()) < 2.0**-7
