@@ -510,6 +510,7 @@ def dry_run(tmp_path: Path) -> dict:
     arguments += [
         "--overrides",
         "model.hidden=16",
+        "precision=float32",
         "--memory-time-steps",
         "2",
         "--memory-steps",
