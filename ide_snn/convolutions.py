@@ -64,17 +64,21 @@ class _Convolution(torch.autograd.Function):
         rounded: bool,
         known: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
         rounded = rounded and operator.suits_onednn
+        is_dense = known is None and not is_sparse(x, SPARSE_BESIDE_BFLOAT16 if rounded else SPARSE)
+        factors = x, weight
+        if rounded and (is_dense or any(ctx.needs_input_grad)):
+            factors = x.to(torch.bfloat16), weight.to(torch.bfloat16)
+        ctx.save_for_backward(*factors)
         ctx.operator, ctx.rounded = operator, rounded
         if known is not None:
             return known.clone()  # callers overwrite it
-        if not is_sparse(x, SPARSE_BESIDE_BFLOAT16 if rounded else SPARSE):
-            if not rounded:
-                return operator.apply(x, weight, bias)
-            y = operator.apply(x.to(torch.bfloat16), weight.to(torch.bfloat16)).to(x.dtype)
-            return y if bias is None else y.add_(bias.view(-1, 1, 1))
-        return EventConnection(Affine(operator, weight, bias, 1, None, tuple(x.shape[1:])))(x)
+        if not is_dense:
+            return EventConnection(Affine(operator, weight, bias, 1, None, tuple(x.shape[1:])))(x)
+        if not rounded:
+            return operator.apply(x, weight, bias)
+        y = operator.apply(*factors).to(torch.float32)
+        return y if bias is None else y.add_(bias.view(-1, 1, 1))
 
     @staticmethod
     @once_differentiable

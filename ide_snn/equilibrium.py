@@ -146,7 +146,8 @@ class EquilibriumMap:
             a: point [B, *].
             known: responses K_i a_{i-1} + b_i of the first connections, where they are known; overwritten.
         """
-        inputs, slopes, through = [], [], []
+        inputs, slopes = [], []
+        through: Tensor | None = None  # of the first population
         for number, link in enumerate(self.chain):
             affine, drive = link.frozen, None if number else self.drive
             assert isinstance(affine, Affine)  # event-driven paths have no others
@@ -156,10 +157,11 @@ class EquilibriumMap:
                 rounded = self.rounds_convolutions
                 response = convolutions.apply(affine.operator, a, affine.weight, affine.bias, rounded=rounded)
             inputs.append(a)
-            a, *both = fire_(channels_last(response), affine.gain, drive, self.neuron.v_threshold)
-            slopes.append(both[0])
-            through.append(both[1])
-        return inputs, slopes, through[0]
+            a, slope, behind = fire_(channels_last(response), affine.gain, drive, self.neuron.v_threshold)
+            slopes.append(slope)
+            through = behind if through is None else through
+        assert through is not None  # there is a drive
+        return inputs, slopes, through
 
     def linearise(
         self, a: Tensor, statistics: Statistics, products: Products = "auto", *, response: Tensor | None = None

@@ -41,21 +41,30 @@ class _Slopes(ctypes.Structure):
     ]
 
 
-def fire_(response: Tensor, gain: Tensor | None, drive: Tensor | None, threshold: float) -> tuple[Tensor, ...]:
-    """(rate, slope, through) for tensors [B, C, H, W] or [B, N]; without a gain the last two are one tensor.
+def fire_(
+    response: Tensor, gain: Tensor | None, drive: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(rate, slope, through) for tensors [B, C, H, W] or [B, N].
+
+    Without a gain the last two are one tensor; with one, but without a drive, there is no `through`.
 
     Args:
         response: channels-last; becomes the rate.
     """
     gain, drive = (None if t is None else channels_last(t) for t in (gain, drive))
-    through = empty_channels_last(response.shape, response)
-    slope = through if gain is None else empty_channels_last(response.shape, response)
+    slope = empty_channels_last(response.shape, response)
+    through = slope if gain is None else None if drive is None else empty_channels_last(response.shape, response)
     fire_stage(response, gain, drive, slope, through, threshold).run()
     return response, slope, through
 
 
 def fire_stage(
-    response: Tensor, gain: Tensor | None, drive: Tensor | None, slope: Tensor, through: Tensor, threshold: float
+    response: Tensor,
+    gain: Tensor | None,
+    drive: Tensor | None,
+    slope: Tensor,
+    through: Tensor | None,
+    threshold: float,
 ) -> Stage:
     """The kernel of `fire_`, for tensors that lie alike."""
     tensors = (response, gain, drive, slope, through)

@@ -12,7 +12,7 @@ typedef struct {
     int64_t next;           /* share to be taken by the next thread; starts at 0 */
     float *response;        /* [size] */
     const float *gain, *drive; /* [size] or NULL */
-    float *slope, *through; /* [size]; the same where there is no gain */
+    float *slope, *through; /* [size]; the same where there is no gain; where there is one, `through` may be NULL */
     double threshold;
 } Slopes;
 
@@ -22,7 +22,7 @@ void slopes(Slopes *w) {
     float threshold = (float)w->threshold, one = 1 / threshold;
     for (int64_t i; (i = SHARE * __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->size;) {
         int64_t n = w->size - i < SHARE ? w->size - i : SHARE;
-        float *restrict z = w->response + i, *restrict through = w->through + i;
+        float *restrict z = w->response + i, *restrict through = (w->through ? w->through : w->slope) + i;
         if (w->gain)
             for (int64_t j = 0; j < n; j++) z[j] *= w->gain[i + j];
         if (w->drive)
@@ -33,8 +33,10 @@ void slopes(Slopes *w) {
             a = a < 0 ? 0 : a; /* NaN stays NaN */
             z[j] = a > 1 ? 1 : a;
         }
-        if (w->gain)
+        if (w->gain && w->through)
             for (int64_t j = 0; j < n; j++) w->slope[i + j] = through[j] * w->gain[i + j];
+        else if (w->gain)
+            for (int64_t j = 0; j < n; j++) through[j] *= w->gain[i + j];
     }
 }
 
