@@ -29,11 +29,11 @@ from ide_snn.normalization import Statistics
 from ide_snn.operators import Operator
 from ide_snn.precision import Precision, rounds_convolutions
 from ide_snn.simulation import EVENT_PATHS, Path
-from ide_snn.solvers import LinearProblem
+from ide_snn.solvers import LinearProblem, Rough
 from ide_snn.solvers.vectors import Factor
 
 Products = Literal["auto", "analytic", "autograd"]
-LEAST_ROUNDED_TOL = 5e-3  # of solves with products in bfloat16, whose own error is some 2e-3
+BFLOAT16_NOISE = 2e-3  # error of J^T v with factors and results in bfloat16, in units of ||v||
 
 
 class LinearMap(Protocol):
@@ -218,25 +218,22 @@ class EquilibriumMap:
                 maps.append(plain)
         return AnalyticLinearisation(tuple(maps), tuple(slopes))
 
-    def adjoint_problem(
-        self, jacobian: Linearisation, g: Tensor, *, coupled: bool = False, tol: float = 0
-    ) -> LinearProblem:
+    def adjoint_problem(self, jacobian: Linearisation, g: Tensor, *, coupled: bool = False) -> LinearProblem:
         """v = g + J^T v, with the kernels that the path allows.
 
         Args:
             jacobian: of this map.
             g: right-hand side, of the shape of a_n [B, *].
             coupled: J mixes the samples of the batch.
-            tol: relative residual that will do: a loose one lets `precision` round products.
         """
         native = self.path in EVENT_PATHS
-        factors = None
+        factors = rough = None
         if native and not coupled and isinstance(jacobian, AnalyticLinearisation):
-            if tol >= LEAST_ROUNDED_TOL and self.rounds_convolutions:
-                jacobian = jacobian.rounded()
             factors = jacobian.transposed_factors()
+            rounded = jacobian.rounded() if self.rounds_convolutions else None
+            rough = None if rounded is None else Rough(rounded.rmatvec, BFLOAT16_NOISE)
         g = g if factors is None else channels_last(g)  # the order in memory that the kernels read
-        return LinearProblem(jacobian.rmatvec, g, coupled, native, factors)
+        return LinearProblem(jacobian.rmatvec, g, coupled, native, factors, rough)
 
     @torch.no_grad()
     def _frozen_activations(self, a: Tensor) -> list[Tensor]:
@@ -276,9 +273,10 @@ class AnalyticLinearisation:
             factors.append(link.adjoint_factor(slope))
         return tuple(factors)
 
-    def rounded(self) -> AnalyticLinearisation:
-        """With convolutions in bfloat16 where that is faster than a walk over what their slopes leave."""
-        return AnalyticLinearisation(tuple(map(_rounded, self.maps, self.slopes)), self.slopes)
+    def rounded(self) -> AnalyticLinearisation | None:
+        """With products in bfloat16; None where that is not faster than walks over what all the slopes leave."""
+        maps = tuple(map(_rounded, self.maps, self.slopes))
+        return AnalyticLinearisation(maps, self.slopes) if all(isinstance(link, RoundedMap) for link in maps) else None
 
     def matvec(self, w: Tensor) -> Tensor:
         with torch.no_grad():

@@ -201,12 +201,11 @@ class EventMap:
     def adjoint_factor(self, scale: Tensor) -> Factor:
         """y -> K^T (scale * y) of single samples, for solves."""
         connection, scale = self._backward, channels_last(scale)
-        (together,) = _together([connection])
-        struct = connection.as_struct(together)
+        struct = connection.as_struct(1)
         scratch = works.Scratch.sizes(*_room(struct, connection.block))
         work = works.FactorWork(ctypes.addressof(struct), scale.data_ptr(), scratch)
         size, keep = struct.out_positions * connection.out_channels, (connection, struct, scale)
-        return Factor("events", "multiply", work, keep, size, together, scratch=scratch.size)
+        return Factor("events", "multiply", work, keep, size, scratch=scratch.size)
 
 
 class State(Protocol):
@@ -260,7 +259,10 @@ def simulation_stage(
     together = _together(connections, batch)
     structs = [c.as_struct(n) for c, n in zip(connections, together, strict=True)]
     links = (works.Connection * len(structs))(*structs)
-    populations = (works.Population * len(states))(*map(_population, states))
+    tensors = [_tensors(state) for state in states]
+    populations = (works.Population * len(states))(
+        *(works.Population(own[0].numel() // max(batch, 1), *map(_pointer, own)) for own in tensors)
+    )
     rooms = [_room(struct, c.at_once) for struct, c in zip(structs, connections, strict=True)]
     scratch, memory = works.Scratch.of(*map(max, zip(*rooms, strict=True)), own=own_memory)
     work = works.Simulation(
@@ -272,14 +274,19 @@ def simulation_stage(
         scratch,
     )
     elements = steps * sum(state.u.numel() for state in states)
-    return Stage("events", "simulate", work, elements, (links, populations, states, connections, drive, memory))
+    return Stage("events", "simulate", work, elements, (links, populations, tensors, connections, drive, memory))
 
 
-def _together(connections: Sequence[EventConnection], batch: int | None = None) -> list[int]:
-    """Samples whose events each connection walks over at a time, used in turn; of such a batch each thread has some."""
+def _together(connections: Sequence[EventConnection], batch: int) -> list[int]:
+    """Samples whose events each of the connections, used in turn, walks over at a time: threads get equal shares."""
     is_large = sum(c.weight.numel() * c.weight.element_size() for c in connections) > CACHED
-    most = TOGETHER if batch is None else -(-batch // torch.get_num_threads())
-    return [min(TOGETHER if c.is_linear else FEW if is_large else 1, most) for c in connections]
+    threads = torch.get_num_threads()
+
+    def evenly(most: int) -> int:
+        turns = max(1, -(-batch // (most * threads)))  # of every thread
+        return -(-batch // (turns * threads))
+
+    return [evenly(TOGETHER if c.is_linear else FEW if is_large else 1) for c in connections]
 
 
 def _room(struct: works.Connection, at_once: int) -> tuple[int, int, int]:
@@ -288,10 +295,10 @@ def _room(struct: works.Connection, at_once: int) -> tuple[int, int, int]:
     return outputs * at_once, inputs * struct.in_channels, inputs
 
 
-def _population(state: State) -> works.Population:
+def _tensors(state: State) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As `works.Population` takes them."""
     count = None if state.count is state.weighted else state.count  # IF counts once
-    tensors = (state.u, state.spikes, state.weighted, count, state.response)
-    return works.Population(state.u.numel() // max(len(state.u), 1), *map(_pointer, tensors))
+    return state.u, state.spikes, state.weighted, count, state.response
 
 
 def channels_last(x: Tensor) -> Tensor:

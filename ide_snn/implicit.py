@@ -172,7 +172,7 @@ def _solved(
 ) -> Tensor:
     """v with (I - J^T) v = g; tells the hooks, and everybody if it failed."""
     with products_rounded(f.precision, g.device), without_autocast(g.device.type):
-        solution = solve(f.adjoint_problem(jacobian, g, coupled=coupled, tol=solver.tol), solver)
+        solution = solve(f.adjoint_problem(jacobian, g, coupled=coupled), solver)
     report(solution, solver, hooks)
     return solution.value
 

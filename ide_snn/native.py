@@ -195,13 +195,13 @@ def _counters(kind: type[ctypes.Structure], place: int) -> Iterator[tuple[int, i
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Lets glibc keep what tensors leave behind for the next ones, up to 64 MB.
+    """Lets glibc keep what tensors of up to 32 MB leave behind for the next ones.
 
-    It gives large blocks back to the system, whose new pages have to be mapped and cleared in every step, until it has
-    seen one freed that large (mallopt(3), M_MMAP_THRESHOLD): this one, whose pages are never touched. Elsewhere nothing
-    happens.
+    It gives blocks back to the system, whose new pages have to be mapped and cleared in every step, until it has seen
+    one as large freed (mallopt(3), M_MMAP_THRESHOLD): this one, whose pages are never touched. From then on it returns
+    what lies at the end of its memory beyond 64 MB. Elsewhere nothing happens.
     """
-    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
+    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8, device="cpu")
 
 
 def scratch(size: int) -> torch.Tensor:

@@ -312,9 +312,11 @@ def test_what_is_walked_over_together_does_not_matter(
     try:
         torch.set_num_threads(threads)
         alone = step()
+        monkeypatch.setattr(native, "WORTH_THREADS", 0)  # small as they are
         monkeypatch.setattr(event_driven, "CACHED", 0)  # large weights: some samples of a convolution at a time
         for few in (3, 8):
             monkeypatch.setattr(event_driven, "FEW", few)
+            monkeypatch.setattr(event_driven, "TOGETHER", few)
             for one, other in zip(alone, step(), strict=True):
                 torch.testing.assert_close(one, other, rtol=0, atol=0)
     finally:

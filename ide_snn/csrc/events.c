@@ -496,11 +496,9 @@ void multiply(const Factor *f, char *scratch, int64_t count, const int64_t *samp
     int64_t in = k->in_positions * k->in_channels;
     float *acc;
     Events events = cut_scratch(&f->scratch, scratch, &acc);
-    for (int64_t first = 0; first < count; first += k->together) {
-        int64_t n = count - first < k->together ? count - first : k->together;
+    for (int64_t i = 0; i < count; i++) {
         no_events(&events);
-        for (int64_t i = first; i < first + n; i++)
-            collect_values(x[i], f->scale ? f->scale + samples[i] * in : 0, k->in_positions, k->in_channels, &events);
-        response(k, n, &events, 1, 0, acc, y + first);
+        collect_values(x[i], f->scale ? f->scale + samples[i] * in : 0, k->in_positions, k->in_channels, &events);
+        response(k, 1, &events, 1, 0, acc, y + i);
     }
 }

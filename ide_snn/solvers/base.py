@@ -105,6 +105,14 @@ class Solution:
 
 
 @dataclass(frozen=True)
+class Rough:
+    """A with rounding, which is faster: `matvec` v -> A v + e with ||e|| <= noise ||v|| or so per sample."""
+
+    matvec: Callable[[Tensor], Tensor]
+    noise: float
+
+
+@dataclass(frozen=True)
 class LinearProblem:
     """v = rhs + A v with `matvec` v -> A v on tensors of rhs's shape [B, *].
 
@@ -112,6 +120,7 @@ class LinearProblem:
     native: the solver may use compiled kernels (float32 on a CPU), and overwrite what `matvec` returns.
     factors: A as kernels that multiply samples one by one, the one that is applied first at the front; with `native`,
         where A does not mix samples. They read `rhs` in its order in memory.
+    rough: A with rounding, for solvers that may begin with it; the verdict is on A.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -119,6 +128,7 @@ class LinearProblem:
     coupled: bool = False
     native: bool = False
     factors: tuple[Factor, ...] | None = None
+    rough: Rough | None = None
 
     @property
     def start(self) -> Tensor:
@@ -171,9 +181,9 @@ class Method(Protocol):
         ...
 
 
-# A solver may have `at_once(factors, b [G, N])`: a first run from 0 for A in factors, and whether its residuals are
-# such that the verdict can be on them.
-AtOnce = Callable[[tuple[Factor, ...], Tensor], tuple[Run, bool]]
+# A solver may have `at_once(problem, b [G, N])`: a first run from 0 for A in factors, and whether its residuals are
+# such that the verdict can be on them; None where it has a better way.
+AtOnce = Callable[[LinearProblem, Tensor], tuple[Run, bool] | None]
 
 
 class Workspace:
@@ -213,11 +223,11 @@ class Workspace:
         """A as kernels, where the problem has it."""
         return self.problem.factors if isinstance(self.problem, LinearProblem) else None
 
-    def matvec(self, y: Tensor) -> Tensor:
-        """A y for y [G, N]."""
+    def matvec(self, y: Tensor, rough: Rough | None = None) -> Tensor:
+        """A y for y [G, N], or that of `rough`."""
         if not isinstance(self.problem, LinearProblem):
             raise TypeError("matvec is defined for linear problems only")
-        return self.rows(self.problem.matvec(self.unrows(y)))
+        return self.rows((rough or self.problem).matvec(self.unrows(y)))
 
 
 class Solver(Protocol):
@@ -271,11 +281,13 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
         if isinstance(problem, FixedPointProblem):
             return _solve(work, solver, y0, trace)
         at_once: AtOnce | None = getattr(solver, "at_once", None) if y0 is None else None
-        run = None
+        found = None
         if problem.factors is not None and at_once is not None:
             if problem.coupled or not problem.native or problem.rhs.dtype != torch.float32:
                 raise ValueError("factors are for problems that do not couple samples, with native=True, in float32")
-            run, has_verdict = at_once(problem.factors, work.rows(problem.rhs))
+            found = at_once(problem, work.rows(problem.rhs))
+        if found is not None:
+            run, has_verdict = found
             if has_verdict and run.worst <= solver.tol:
                 return Solution.of(run, work.unrows(run.y), (1.0, run.worst) if trace else None)
         if work.native:
@@ -287,7 +299,7 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
             unit = _unit(problem)
             scaled = Workspace(replace(problem, rhs=problem.rhs / unit))
         begun = None
-        if run is not None:
+        if found is not None:
             y, r = (scaled.rows(work.unrows(rows) / unit) for rows in (run.y, run.residual))
             residual = (r, run.norm * scaled.rhs_norm) if has_verdict else None
             begun = Advance(y, max(run.most, 1), run.most, run.most - run.mean, residual)

@@ -5,6 +5,7 @@ Y. Saad & M. H. Schultz, SIAM J. Sci. Stat. Comput. 7 (1986).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,10 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ide_snn.solvers.base import Advance, FixedPointProblem, Workspace, check_settings, require_count
-from ide_snn.solvers.vectors import Factor, Run, Terms, gmres, largest, relative
+from ide_snn.solvers.base import (
+    Advance,
+    FixedPointProblem,
+    LinearProblem,
+    Rough,
+    Workspace,
+    check_settings,
+    require_count,
+)
+from ide_snn.solvers.vectors import Run, Terms, gmres, largest, relative
 
 Array = NDArray[np.float64]
+LEAST_TOL_TO_NOISE = 5  # of solves that begin with rough products
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,10 @@ class Gmres:
     rounding in the recurrence cannot fake. Where other rounding matters, below tol = sqrt(eps) or for a v so long that
     its own rounding is felt (1 - A nearly singular), it is on one more product. If it falls short another run starts
     from there.
+
+    With `LinearProblem.rough` and a tol of at least 5 times its noise the first run is of rough products. Its residual
+    is given with the noise times the longest v added; where that is above tol the verdict is on a product with A, and
+    further runs are as without it.
     """
 
     tol: float = 1e-3
@@ -54,11 +68,21 @@ class Gmres:
         """What follows from the tolerance for numbers of this type."""
         return Terms(self.tol, torch.finfo(dtype).eps)
 
-    def at_once(self, factors: tuple[Factor, ...], b: Tensor) -> tuple[Run, bool]:
-        """(the first run for v = b + A v, A in factors, in one call; True where the verdict can be on its residual)."""
+    def at_once(self, problem: LinearProblem, b: Tensor) -> tuple[Run, bool] | None:
+        """(the first run for v = b + A v, A in factors, in one call; True where the verdict can be on its residual).
+
+        None where it is to be of rough products.
+        """
+        if self.rough_of(problem) is not None or problem.factors is None:
+            return None
         terms = self.terms(b.dtype)
-        run = gmres(factors, b, terms, min(self.restart, self.max_steps))
+        run = gmres(problem.factors, b, terms, min(self.restart, self.max_steps))
         return run, terms.trust(run)
+
+    def rough_of(self, problem: LinearProblem) -> Rough | None:
+        """The rough products of a problem, if the tolerance allows them."""
+        rough = problem.rough
+        return rough if rough is not None and self.tol >= LEAST_TOL_TO_NOISE * rough.noise else None
 
 
 class _Restarted:
@@ -68,7 +92,19 @@ class _Restarted:
         self.terms = settings.terms(work.problem.start.dtype)
 
     def first(self, b: Tensor, budget: int) -> Advance:
-        return self._run(None, b, budget)
+        work = self.work
+        assert isinstance(work.problem, LinearProblem)  # see `Gmres.begin`
+        rough = self.settings.rough_of(work.problem)
+        if rough is None:
+            return self._run(None, b, budget)
+        # so much below tol that a v that is not long has its verdict
+        terms = Terms(self.settings.tol - 1.5 * rough.noise, torch.finfo(b.dtype).eps)
+        dimensions, matvec = min(self.settings.restart, budget), functools.partial(work.matvec, rough=rough)
+        run = _step_by_step(matvec, b, terms, dimensions, None, work.rhs_norm)
+        norm = run.norm + rough.noise * run.longest
+        is_sure = terms.trust(run) and largest(norm) <= self.settings.tol
+        residual = (run.residual, norm * work.rhs_norm) if is_sure else None
+        return Advance(run.y, max(run.most, 1), run.most, 0, residual)
 
     def advance(self, y: Tensor, r: Tensor, budget: int) -> Advance:
         return self._run(y, r, budget)
