@@ -2,7 +2,8 @@
 
 The rates in f, and vectors that the slopes have thinned out in J^T, are neither as sparse as spikes nor dense. Up to
 some share of numbers that are not 0 a walk over them (`ide_snn.event_driven`) is the faster; beyond it a dense product
-is, which may be of factors rounded to bfloat16, with float32 sums (`precision.rounds_convolutions`). Float32 on a CPU.
+is, which may be of factors rounded to bfloat16, with float32 sums (`precision.rounds_convolutions`). J^T in float32
+always walks. Float32 on a CPU.
 """
 
 from __future__ import annotations

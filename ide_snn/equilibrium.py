@@ -92,7 +92,7 @@ class EquilibriumMap:
 
     @property
     def rounds_convolutions(self) -> bool:
-        """True where convolutions of event-driven paths are `convolutions.apply(..., rounded=True)`."""
+        """True where convolutions of event-driven paths may be rounded, as `convolutions.apply(..., rounded=True)`."""
         return rounds_convolutions(self.precision, self.drive.device)
 
     def __call__(self, a: Tensor, statistics: Statistics, *, update_running: bool = False) -> Tensor:

@@ -13,8 +13,8 @@ samples are independent, so a run of T steps needs memory for the state alone, w
 fit the cache, the kernels walk over the events of a few samples together, as if their positions were one sample's, so
 that it is read once for all of them; fully connected populations, of one position, over those of many.
 
-The same walk over values that are not zero applies f to rates and J^T to vectors that the slopes have thinned out
-(`ide_snn.convolutions` says when).
+The same walk over values that are not zero applies f to rates and J^T to vectors that the slopes have thinned out;
+`ide_snn.convolutions` has what else may be taken.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@
 | `fast`    | the same, and the simulation adds weights in 16-bit units, exactly | the same, products in TF32 |
 
 On a CPU `fast` also takes 16-bit whole numbers for a fully connected input stage (`ide_snn.integers`), and bfloat16 for
-the dense convolutions of f and of its gradient where the processor has it (`rounds_convolutions`).
+the dense convolutions of f, of its gradient and of solves to a loose tolerance where the processor has it
+(`rounds_convolutions`).
 TF32 rounds the factors of a product to 11 significant bits and adds in float32; spikes are exact in it. Only `fast`
 allows it, in a block's simulation and solve; for the gradients of the weights, which torch computes, `round_products`
 sets it for the whole process, as the command line does.
@@ -50,7 +51,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def rounds_convolutions(precision: str, device: torch.device) -> bool:
-    """True where the dense convolutions of f and of gradients on `device` take bfloat16 (by oneDNN: float32 sums)."""
+    """True where the dense convolutions of f and of gradients on `device` may take bfloat16 (by oneDNN: float32 sums)."""
     by_onednn = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
     return precision == "fast" and device.type == "cpu" and by_onednn and multiplies_bfloat16()
 
