@@ -51,7 +51,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def rounds_convolutions(precision: str, device: torch.device) -> bool:
-    """True where the dense convolutions of f and of gradients on `device` may take bfloat16 (by oneDNN: float32 sums)."""
+    """True where dense convolutions of f, gradients and solves may take bfloat16 (by oneDNN: float32 sums)."""
     by_onednn = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
     return precision == "fast" and device.type == "cpu" and by_onednn and multiplies_bfloat16()
 
