@@ -170,6 +170,7 @@ class _Slot:
         if constraint is None:
             return []
         self.weight, self.bound, alpha = torch.empty_like(raw), constraint.bound, constraint.alpha.detach()
+        self.largest_alpha = alpha.new_tensor(self.bound).item()  # the bound as alpha's type has it
         self.step = spectral.step_stage(raw, constraint.u, constraint.v)
         self.scaled = spectral.scaled_stage(raw, alpha, self.bound, self.step, self.weight)
         self.u, self.v = constraint.u.clone(), constraint.v.clone()  # those of this step: the next one changes them
@@ -288,7 +289,7 @@ class _Slot:
             if to_w_in is not None:
                 torch.mm(self.to_y_turned, cast(Tensor, x), out=to_w_in)
         if self.pull is not None and alpha is not None:
-            to_alpha = alpha.new_tensor(self.pull.work.p if bool(alpha.abs() <= self.bound) else 0)
+            to_alpha = torch.full_like(alpha, self.pull.work.p if abs(alpha.item()) <= self.largest_alpha else 0)
         to_gamma, to_beta, to_b_in, to_b = vectors
         to_x = self.to_y.mm(self._w_in) if needed[0] else None
         return [to_x, to_w_in, to_b_in, to_gamma, to_beta, to_raw, to_alpha, to_b]
