@@ -36,6 +36,7 @@ LAYERS = [
     "dense",
     "event_works",
     "event_driven",
+    "convolutions",
     "firing",
     "simulation",
     "graphed_simulation",

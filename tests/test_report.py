@@ -382,3 +382,15 @@ def test_the_script(tmp_path: Path) -> None:
 def test_the_results_of_the_project_can_be_read() -> None:
     table = lines(collect(PROJECT / "results").runs)
     assert any(line.label == "fashion_mnist_f400_if" and line.as_in_paper for line in table)
+
+
+@pytest.mark.parametrize(
+    ("override", "is_as_in_paper"),
+    [("precision=float32", True), ("compile=true", True), ("precision=fast", False), ("solver=anderson", False)],
+)
+def test_how_the_same_numbers_are_computed_is_no_change_of_the_recipe(
+    tmp_path: Path, override: str, is_as_in_paper: bool
+) -> None:
+    write_run(tmp_path / "run", FASHION, override, accuracies=rising(0.9, 0.89))
+    (line,) = (line for line in lines(collect(tmp_path).runs) if line.runs)
+    assert line.as_in_paper is is_as_in_paper

@@ -32,6 +32,8 @@ NEUTRAL = frozenset(
         "dataset.download",
     }
 )
+# Values of an option that compute the same up to rounding
+ALIKE = {"precision.name": ("float32", "exact"), "compile": (False, True)}
 # Options of the data set that are compared even where the data are a stand-in: the others say which data they are
 OF_ANY_DATA = frozenset(
     f"dataset.{name}"
@@ -228,7 +230,13 @@ def compare(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> list[Change
     """
     own = flatten(config)
     keys = [key for key in {**recipe, **own} if key in own and key not in NEUTRAL]
-    return [Change(key, recipe.get(key, "unset"), own[key]) for key in keys if recipe.get(key, "unset") != own[key]]
+    changes = [Change(key, recipe.get(key, "unset"), own[key]) for key in keys if recipe.get(key, "unset") != own[key]]
+    return [change for change in changes if not _are_alike(change)]
+
+
+def _are_alike(change: Change) -> bool:
+    alike = ALIKE.get(change.key, ())
+    return change.recipe in alike and change.run in alike
 
 
 def _less_data(row: PaperRow, run: Run, changes: Sequence[Change]) -> str | None:

@@ -3,11 +3,7 @@
 from ide_snn.solvers.anderson import Anderson
 from ide_snn.solvers.base import (
     ADVICE,
-    FixedPointProblem,
-    LinearProblem,
     Outcome,
-    Problem,
-    Rough,
     Solution,
     Solver,
     SolverWarning,
@@ -17,6 +13,7 @@ from ide_snn.solvers.base import (
 from ide_snn.solvers.broyden import Broyden
 from ide_snn.solvers.fixed_point import FixedPoint
 from ide_snn.solvers.gmres import Gmres
+from ide_snn.solvers.problems import FixedPointProblem, LinearProblem, Problem, Rough
 
 SOLVERS = {"fixed_point": FixedPoint, "anderson": Anderson, "broyden": Broyden, "gmres": Gmres}
 

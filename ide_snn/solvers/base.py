@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ide_snn.solvers.problems import FixedPointProblem, LinearProblem, Problem, Rough
 from ide_snn.solvers.vectors import Factor, Run, largest, relative, rescaled, residual_
 
 Array = NDArray[np.float64]
@@ -102,56 +103,6 @@ class Solution:
             f"{self.outcome} after {self.stats.steps} steps, largest relative residual "
             f"{self.stats.max_residual:.2e}: {ADVICE[self.outcome]}"
         )
-
-
-@dataclass(frozen=True)
-class Rough:
-    """A with rounding, which is faster: `matvec` v -> A v + e with ||e|| <= noise ||v|| or so per sample."""
-
-    matvec: Callable[[Tensor], Tensor]
-    noise: float
-
-
-@dataclass(frozen=True)
-class LinearProblem:
-    """v = rhs + A v with `matvec` v -> A v on tensors of rhs's shape [B, *].
-
-    coupled: True where A mixes samples of the batch; then there is one group.
-    native: the solver may use compiled kernels (float32 on a CPU), and overwrite what `matvec` returns.
-    factors: A as kernels that multiply samples one by one, the one that is applied first at the front; with `native`,
-        where A does not mix samples. They read `rhs` in its order in memory.
-    rough: A with rounding, for solvers that may begin with it; the verdict is on A.
-    """
-
-    matvec: Callable[[Tensor], Tensor]
-    rhs: Tensor
-    coupled: bool = False
-    native: bool = False
-    factors: tuple[Factor, ...] | None = None
-    rough: Rough | None = None
-
-    @property
-    def start(self) -> Tensor:
-        return self.rhs
-
-    def image(self, y: Tensor) -> Tensor:
-        """b + A y, the fixed-point map of the problem."""
-        return self.rhs + self.matvec(y)
-
-
-@dataclass(frozen=True)
-class FixedPointProblem:
-    """z = f(z) on tensors of the shape of `start` [B, *]."""
-
-    f: Callable[[Tensor], Tensor]
-    start: Tensor
-    coupled: bool = False
-
-    def image(self, y: Tensor) -> Tensor:
-        return self.f(y)
-
-
-Problem = LinearProblem | FixedPointProblem
 
 
 @dataclass(frozen=True)

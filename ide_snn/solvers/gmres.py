@@ -14,15 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ide_snn.solvers.base import (
-    Advance,
-    FixedPointProblem,
-    LinearProblem,
-    Rough,
-    Workspace,
-    check_settings,
-    require_count,
-)
+from ide_snn.solvers.base import Advance, Workspace, check_settings, require_count
+from ide_snn.solvers.problems import FixedPointProblem, LinearProblem, Rough
 from ide_snn.solvers.vectors import Run, Terms, gmres, largest, relative
 
 Array = NDArray[np.float64]
