@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ide_snn import Gmres, NeuronParams, convolutions, event_driven, native
 from ide_snn.event_driven import EventConnection
+from ide_snn.firing import fire_
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
 from ide_snn.simulation import Record, simulate
@@ -346,3 +347,22 @@ def test_products_of_samples_together_are_those_of_each(name: str, monkeypatch: 
         monkeypatch.setattr(event_driven, "FEW", few)
         for one, other in zip(alone, products(), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("has_gain", [False, True])
+@pytest.mark.parametrize("has_drive", [False, True])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (7, 2000)])
+def test_rates_and_slopes_are_their_equations(shape: tuple[int, ...], has_drive: bool, has_gain: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    response, drive = (event_driven.channels_last(torch.randn(shape, generator=generator)) for _ in range(2))
+    gain = 1.25 * (torch.rand(shape, generator=generator) > 0.2) if has_gain else torch.ones(shape)
+    z = (gain * response + (drive if has_drive else 0)) / 1.5
+    derivative = ((z >= 0) & (z <= 1)).float() / 1.5
+    rate, slope, through = fire_(response.clone(), gain if has_gain else None, drive if has_drive else None, 1.5)
+    torch.testing.assert_close(rate, z.clamp(0, 1))
+    torch.testing.assert_close(slope, derivative * gain)
+    assert 0.1 < float((slope != 0).float().mean()) < 0.9
+    if has_drive or not has_gain:
+        torch.testing.assert_close(through, derivative)
+    else:
+        assert through is None  # nobody asks for it
