@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
+from torch.nn.modules import module as every_module
 from torch.nn.utils import parametrize
 
 from ide_snn import native
@@ -34,6 +34,11 @@ MOST_PLANS = 4  # sizes of batches and other settings whose buffers are kept
 
 # of connections, dropout, batch norm and constraints, as long as they are those that are known
 SETTINGS = ("pool", "p", "eps", "momentum", "track_running_stats", "bound")
+
+# hooks of all modules (`torch.nn.modules.module.register_module_forward_hook` and its like): torch keeps these dicts
+GLOBAL_HOOKS = tuple(
+    getattr(every_module, f"_global_{kind}_hooks") for kind in ("forward_pre", "forward", "backward_pre", "backward")
+)
 
 
 class Block(Protocol):
@@ -85,7 +90,7 @@ class CompiledSteps:
         key = (
             *(x.shape, x.dtype, x.device, x.is_contiguous(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")),
             *(block.precision, block.neuron, block.time_steps, block.solver, block.gradient, block.input_has_time),
-            *(bool(block._simulation_hooks), bool(has_any_global_hook()), len(block.layers)),
+            *(bool(block._simulation_hooks), any(GLOBAL_HOOKS), len(block.layers)),
         )
         found = self._plans.get(key)
         if found is None or not found[1].is_as_it_was():
@@ -173,7 +178,7 @@ def _why_not_batch_norm(bn: nn.Module | None, samples: int) -> str | None:
 def _why_not_hooks(block: Block) -> str | None:
     own = 1 if get_constraint(block.feedback.op) is not None else 0  # a constraint advances by one
     hooks = sum(_hooks(module) for part in (block.input, block.feedback) for module in part.modules())
-    is_free = hooks == own and not block._simulation_hooks and not has_any_global_hook()
+    is_free = hooks == own and not block._simulation_hooks and not any(GLOBAL_HOOKS)
     return None if is_free else "there are hooks"
 
 

@@ -60,8 +60,10 @@ class _Fire(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, surrogate: Surrogate) -> Tensor:
-        # autocast computes some functions of half-precision numbers in float32
-        return (heaviside(x) if surrogate.spiking else surrogate.primitive(x)).to(x.dtype)
+        value = heaviside(x) if surrogate.spiking else surrogate.primitive(x)
+        # Autocast computes some functions of half-precision numbers in float32. Where nothing is to be converted,
+        # `to` is not called: with it at the end, `torch.compile` of torch 2.11 makes the gradient 0.
+        return value if value.dtype == x.dtype else value.to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Surrogate], output: Tensor) -> None:  # noqa: ARG004

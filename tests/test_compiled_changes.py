@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from compiled_blocks import REASON, assert_close, block, images, is_compiled, step
 from networks import example_input, small_block, warmed_up
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize
 
 from ide_snn import Anderson, FeedbackSNN, Gmres, NeuronParams, SNNIDEFCNet
@@ -80,6 +81,25 @@ def test_changes_between_steps_are_seen(change: str) -> None:
         step(net, images())
         CHANGES[change](net)
         found.append(step(net, images()))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-6)
+    assert_close(found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_hook_of_all_modules_is_called(before: bool) -> None:
+    def doubled(module: nn.Module, _: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        return 2 * y if isinstance(module, nn.BatchNorm1d) else None
+
+    found = []
+    for on in (False, True):
+        net = block(compile=on)
+        if not before:
+            step(net, images())
+        handle = register_module_forward_hook(doubled)
+        try:
+            found.append(step(net, images()))
+        finally:
+            handle.remove()
     torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-6)
     assert_close(found[1][1], found[0][1])
 

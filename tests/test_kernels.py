@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -80,7 +81,9 @@ def machine_code(name: str, capability: int, **options: bool) -> str:
     kernel, (operands, constants) = getattr(triton_kernels, name), COMPILED[name]
     constants = constants | {"BLOCK": triton_kernels.BLOCK}
     types = operands | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, {arg: types[arg] for arg in kernel.arg_names}, constexprs=constants)
+    name_of_constants = "constexprs" if "constexprs" in inspect.signature(ASTSource).parameters else "constants"  # 3.2
+    signature = {arg: types[arg] for arg in kernel.arg_names}
+    source = ASTSource(kernel, signature, **{name_of_constants: constants})
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options=triton_kernels.OPTIONS | options).asm["sass"]
 
