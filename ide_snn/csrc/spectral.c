@@ -102,7 +102,7 @@ void pull(Work *w) {
         for (int64_t i = chunk * ROWS; i < rows && i < (chunk + 1) * ROWS; i++) {
             const float *g = w->g + i * columns, *v = w->v;
             float *to = w->result + i * columns, share = (float)(p * w->u[i]);
-#pragma GCC ivdep /* also where result is g itself */
+            INDEPENDENT
             for (int64_t j = 0; j < columns; j++) to[j] = scale * (g[j] - share * v[j]);
         }
     if (!__atomic_exchange_n(&w->phases[0].padding[0], 1, __ATOMIC_RELAXED)) w->p = p;

@@ -18,6 +18,13 @@
 #endif
 #define SUMS 4 /* partial sums side by side hide the latency of an addition */
 
+/* before a loop whose passes do not depend on each other, also where its result is one of its operands */
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 typedef float Lanes __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 #define SPARE 7 /* entries that `compress` may write behind its last one */
