@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,9 @@ import torch
 import ide_snn
 from ide_snn.checkpoint import write_atomically
 
-__all__ = ["RunLog", "versions", "write_csv", "write_json"]
+__all__ = ["RunLog", "record_versions", "versions", "write_csv", "write_json"]
+
+log = logging.getLogger(__name__)
 
 Row = Mapping[str, float | int | None]
 
@@ -50,6 +53,19 @@ def versions(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if on_gpu else None,
         "threads": torch.get_num_threads(),
     }
+
+
+def record_versions(path: Path, now: Mapping[str, Any]) -> None:
+    """Writes versions.json: those of now, and under `earlier` others that parts of the same run had, oldest first."""
+    earlier: list[Mapping[str, Any]] = []
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            earlier = [*before.pop("earlier", []), before]
+        except (ValueError, AttributeError) as error:
+            log.warning("%s is damaged (%s): what it said of the run's earlier parts is lost", path, error)
+    earlier = [one for one in earlier if one != now]
+    write_json(path, {**now, "earlier": earlier} if earlier else now)
 
 
 def _git(*command: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from ide_snn.monitor import BlockMonitor, merged
 from ide_snn.optim import Schedule
 from ide_snn.progress import random_state, set_random_state
 
-__all__ = ["CHANGEABLE", "refuse_changes", "restore_training", "training_state"]
+__all__ = ["CHANGEABLE", "data_differences", "refuse_changes", "restore_training", "training_state"]
 
 # Options that may change when a run is resumed: they do not change what is computed.
 CHANGEABLE = (
@@ -34,10 +35,11 @@ def refuse_changes(
     checkpoint: Checkpoint,
     config: Mapping[str, Any],
     upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    data: Mapping[str, Any],
     epochs: int,
     schedule: Schedule,
 ) -> None:
-    """Raises CheckpointError if the run was begun with another configuration."""
+    """Raises CheckpointError if the run was begun with another configuration, or with other data."""
     ignore: tuple[str, ...] = CHANGEABLE
     saved = upgrade(checkpoint.config) if checkpoint.config else {}
     longer = bool(saved) and epochs >= saved["trainer"]["epochs"] > 0
@@ -49,6 +51,25 @@ def refuse_changes(
             f"{checkpoint.path} belongs to a run with another configuration, so it cannot be resumed: "
             f"{'; '.join(changes)} (saved -> now)"
         )
+    others = data_differences(checkpoint.data, data)
+    if others:
+        raise CheckpointError(
+            f"{checkpoint.path} belongs to a run on other data, so it cannot be resumed: {'; '.join(others)} (saved -> "
+            "now); set data_dir to the data that it was begun with"
+        )
+
+
+def data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What both say about their data and is not the same, as 'key: old -> new'; numbers up to rounding."""
+    return [f"{key}: {old[key]} -> {new[key]}" for key in old if key in new and not _alike(old[key], new[key])]
+
+
+def _alike(first: Any, second: Any) -> bool:
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(map(_alike, first, second))
+    if isinstance(first, float) and isinstance(second, (float, int)):
+        return math.isclose(first, second, rel_tol=1e-6)  # means of images, of another machine
+    return bool(first == second)
 
 
 def training_state(

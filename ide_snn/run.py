@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ from ide_snn.data import Dataset, Normalization, load_image, to_input
 from ide_snn.distributed import Ranks, in_job, local_rank, process_group
 from ide_snn.dsr_network import DSRClassifier
 from ide_snn.evaluation import evaluate
+from ide_snn.files import sole_writer
 from ide_snn.models import FeedbackClassifier
 from ide_snn.precision import round_products
-from ide_snn.reporting import versions, write_json
-from ide_snn.schemas import Config, EvaluateConfig, EventDatasetConfig, PredictConfig
+from ide_snn.reporting import record_versions, versions, write_json
+from ide_snn.schemas import Config, DSRConfig, EvaluateConfig, EventDatasetConfig, PredictConfig
 from ide_snn.training import FitResult, fit
 
 __all__ = ["evaluate_checkpoint", "model_from_checkpoint", "predict_image", "train"]
@@ -53,6 +54,7 @@ def train(config: Config, run_dir: Path) -> FitResult:
 
     Raises:
         ConfigError, DataError, CheckpointError, NonFiniteLossError: with a message that says what to change.
+        FolderInUseError: another process is training in `run_dir`.
         RankLostError, RankError: another process has ended, or has other weights.
     """
     device = _prepare_device(config.device)
@@ -61,7 +63,8 @@ def train(config: Config, run_dir: Path) -> FitResult:
     with process_group(device, config.trainer.process_timeout) as ranks, _quiet_but_first(ranks):
         if not ranks.is_alone:
             run_dir = Path(ranks.from_first(str(run_dir.resolve())))
-        return _train(config, run_dir, device, ranks)
+        with sole_writer(run_dir) if ranks.is_first else nullcontext():
+            return _train(config, run_dir, device, ranks)
 
 
 def _train(config: Config, run_dir: Path, device: torch.device, ranks: Ranks) -> FitResult:
@@ -101,11 +104,11 @@ def _train(config: Config, run_dir: Path, device: torch.device, ranks: Ranks) ->
         log_every=config.trainer.log_every,
         progress=config.trainer.progress,
     )
+    if not new and not result.already_finished and ranks.is_first:
+        _write_record(config, run_dir, device)
     if result.interrupted is not None:
         log.info("stopped; to go on, repeat the command with: resume=auto hydra.run.dir=%s", run_dir)
     elif ranks.is_first:
-        if not new and not result.already_finished:
-            _write_record(config, run_dir, device)
         _write_result(result, config, dataset, run_dir)
     return result
 
@@ -175,6 +178,13 @@ def _warn_about_idle_options(config: Config) -> None:
     groups = idle[config.method.name] | ({"encoder"} if isinstance(config.dataset, EventDatasetConfig) else set())
     if config.compile and config.method.name == "dsr":
         log.warning("compile=true has no effect with method=dsr")
+    method = config.method
+    if isinstance(method, DSRConfig) and method.v_threshold_grad_scaling != 1 and config.optimizer.name != "sgd":
+        log.warning(
+            "method.v_threshold_grad_scaling has no effect with optimizer=%s: its steps do not depend on the scale of "
+            "gradients",
+            config.optimizer.name,
+        )
     chosen, default = config_to_dict(config), config_to_dict(load_config())
     for group in sorted(groups):
         if chosen[group] != default[group]:
@@ -189,7 +199,7 @@ def _count(model: torch.nn.Module) -> int:
 def _write_record(config: Config, run_dir: Path, device: torch.device) -> None:
     """config.yaml and versions.json: what is needed to repeat the run."""
     write_atomically(run_dir / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
-    write_json(run_dir / "versions.json", versions(device))
+    record_versions(run_dir / "versions.json", versions(device))
 
 
 def _write_result(result: FitResult, config: Config, dataset: Dataset, run_dir: Path) -> None:
@@ -217,7 +227,8 @@ def _write_result(result: FitResult, config: Config, dataset: Dataset, run_dir: 
 
 def _data_section(dataset: Dataset) -> dict[str, Any]:
     """What predictions need to know about the data; plain containers for the checkpoint."""
-    section = {"name": dataset.name, "title": dataset.title, "class_names": list(dataset.class_names)}
+    section: dict[str, Any] = {"name": dataset.name, "title": dataset.title, "class_names": list(dataset.class_names)}
+    section |= {"train_samples": len(dataset.train), "test_samples": len(dataset.test)}
     normalization = dataset.normalization
     if normalization is None:
         return section
@@ -263,6 +274,7 @@ def _evaluate_checkpoint(request: EvaluateConfig, ranks: Ranks) -> dict[str, Any
         config = replace(config, data_dir=request.data_dir)
     # of event recordings, another time_steps takes more or fewer of the frames that the network was trained on
     dataset = _load_in_turn(replace(config, time_steps=checkpoint.config["time_steps"]), ranks)
+    dataset = _as_in_training(dataset, checkpoint, tell=ranks.is_first)
     if request.batch_size is not None:
         trainer = replace(config.trainer, evaluation_batch_size=request.batch_size)
         config = replace(config, trainer=trainer)
@@ -282,6 +294,32 @@ def _evaluate_checkpoint(request: EvaluateConfig, ranks: Ranks) -> dict[str, Any
     if request.output is not None:
         write_json(Path(request.output), report)
     return report
+
+
+def _as_in_training(dataset: Dataset, checkpoint: Checkpoint, *, tell: bool) -> Dataset:
+    """The data with the normalisation of those that the checkpoint was trained on.
+
+    Raises:
+        CheckpointError: they have other classes, or in another order: the labels mean something else.
+    """
+    saved, now = checkpoint.data, _data_section(dataset)
+    different = {key: (saved[key], now[key]) for key in saved if key in now and saved[key] != now[key]}
+    # imported checkpoints number the classes where nobody knows their names
+    numbers = [str(label) for label in range(dataset.num_classes)]
+    if "class_names" in different and saved["class_names"] != numbers:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on the classes {', '.join(saved['class_names'])}, but the data have "
+            f"{', '.join(now['class_names'])}: set data_dir to data with the same classes"
+        )
+    if "title" in different and tell:
+        log.warning("trained on %s, evaluated on %s", *different["title"])
+    if dataset.normalization is None or "mean" not in saved:
+        return dataset
+    return replace(dataset, normalization=_normalization_of(saved))
+
+
+def _normalization_of(data: Mapping[str, Any]) -> Normalization:
+    return Normalization(data["input_scale"], tuple(data["mean"]), tuple(data["std"]))
 
 
 def predict_image(request: PredictConfig) -> dict[str, Any]:
@@ -304,8 +342,7 @@ def predict_image(request: PredictConfig) -> dict[str, Any]:
     if loaded.resized:
         size = " x ".join(map(str, loaded.original_size))
         print(f"resized from {size} to {height} x {width} pixels", file=sys.stderr)
-    stored = Normalization(data["input_scale"], tuple(data["mean"]), tuple(data["std"]))
-    normalization = input_normalization(config, stored)
+    normalization = input_normalization(config, _normalization_of(data))
     assert normalization is not None  # images have one
     x = to_input(loaded.image, normalization).to(next(model.parameters()).device)
     encoder = build_encoder(config)

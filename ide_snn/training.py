@@ -15,6 +15,7 @@ arguments and takes its share of every batch; the result is that of one process 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -33,6 +34,7 @@ from ide_snn.checkpoint import Checkpoint, CheckpointError, load_checkpoint, loa
 from ide_snn.distributed import Ranks, Share
 from ide_snn.dropout import DropoutStream
 from ide_snn.evaluation import Batch, Evaluation, Totals, device_of, evaluate, run_evaluation, show_bar
+from ide_snn.files import sole_writer
 from ide_snn.interrupt import StopRequest
 from ide_snn.monitor import BlockMonitor, feedback_diagnostics, merged, solver_figures
 from ide_snn.optim import ConstantSchedule, Schedule, set_learning_rate
@@ -97,7 +99,8 @@ def fit(
         config: saved in the checkpoints; a resumed run must have the same one, except for what does not
             change the computation (and `trainer.epochs`, which may grow if the schedule does not depend on it).
         upgrade: brings a saved config of an older version into the present form before it is compared.
-        data: what else should be known about the data, saved in the checkpoints; plain containers.
+        data: what else should be known about the data, saved in the checkpoints; plain containers. A resumed run must
+            not be told otherwise.
         log_every: optimiser steps between looks at the running loss, each of which waits for the device.
         progress: show bars; None means only on a terminal.
 
@@ -106,8 +109,8 @@ def fit(
 
     Raises:
         NonFiniteLossError: the loss or a weight became NaN or infinite; last.pt is the last good state.
-        CheckpointError: the checkpoint to resume from is damaged, of another model or of another config.
-        FileExistsError: `run_dir` holds a run and `resume` is not set.
+        CheckpointError: the checkpoint to resume from is damaged, of another model, config or data.
+        FileExistsError: `run_dir` holds a run and `resume` is not set, or another process is training in it.
         ValueError: an argument is out of range, or the batches cannot be divided among the processes.
         RankLostError, RankError: another process has ended, or has other weights.
     """
@@ -143,7 +146,9 @@ def fit(
         log_every=log_every,
         show=progress,
     )
-    return run.run(resume)
+    folder = run.run_dir if run.ranks.is_first else None
+    with contextlib.nullcontext() if folder is None else sole_writer(folder):
+        return run.run(resume)
 
 
 @dataclass
@@ -397,7 +402,7 @@ class _Run:
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.training is None:
             raise CheckpointError(f"{checkpoint.path} holds no training state to continue from")
-        refuse_changes(checkpoint, self.config, self.upgrade, self.epochs, self.schedule)
+        refuse_changes(checkpoint, self.config, self.upgrade, self.data, self.epochs, self.schedule)
         load_weights(self.model, checkpoint)
         self.progress = Progress(**checkpoint.progress)
         state = self.optimizer, self.totals, self.monitor, self.mask_seed, self.device, self.ranks

@@ -80,6 +80,13 @@ def test_none_keeps_nothing(source: Source) -> None:
     assert [path.name for path in source.path.parent.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("choice", ["false", "False", "off", "null", ""])
+def test_a_switch_is_no_folder(choice: str) -> None:
+    with pytest.raises(DataError, match=r"dataset\.cache: .* is not a choice; choose auto, none, or a folder"):
+        Cache(choice, None)
+    assert Cache("./false", None).folder == Path("false")
+
+
 def test_a_folder_of_ones_own(source: Source, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     source.load(Cache(str(folder), source.path.parent))

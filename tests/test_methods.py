@@ -194,6 +194,13 @@ def test_options_without_effect_are_said(
     assert (f"the options of {group} have no effect" in caplog.text) if group else ("no effect" not in caplog.text)
 
 
+def test_a_factor_on_a_gradient_has_no_effect_with_adam(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number, (optimizer, said) in enumerate({"sgd": False, "adam": True}.items()):
+        caplog.clear()
+        train(tiny(f"method=dsr method.v_threshold_grad_scaling=2 optimizer={optimizer}"), tmp_path / str(number))
+        assert ("method.v_threshold_grad_scaling has no effect with optimizer=adam" in caplog.text) is said
+
+
 def test_dsr_refuses_a_padding_it_cannot_have() -> None:
     with pytest.raises(ConfigError, match=r"method=dsr needs model\.padding=2"):
         build_model(load_config(["method=dsr", "model=f64c5", "model.padding=0"]))

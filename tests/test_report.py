@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ from ide_snn.paper import ROWS
 from ide_snn.report import ReportError, collect, lines, write_report
 from ide_snn.report.lines import Line, spread
 from ide_snn.report.tables import COLUMNS, format_time, machines, statements
+from ide_snn.reporting import record_versions
 
 FASHION = "experiment=fashion_mnist_f400_if"
 FULL = {"train_samples": 60_000, "test_samples": 10_000}
@@ -324,6 +326,18 @@ def test_machines_are_counted(tmp_path: Path) -> None:
     first, second = machines(collect(tmp_path).runs)
     assert dict(first.values)["git_commit"] == "0123456789ab with changes"
     assert (first.runs, second.runs, second.values) == (1, 1, ())
+
+
+def test_a_run_resumed_elsewhere_names_both_machines(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "0", FASHION, accuracies=rising(0.9, 0.89))
+    before = json.loads((folder / "versions.json").read_text())
+    record_versions(folder / "versions.json", {**before, "device": "another"})
+    record_versions(folder / "versions.json", {**before, "device": "another"})  # the same a second time
+    found = machines(collect(tmp_path).runs)
+    assert [(dict(machine.values)["device"], machine.runs) for machine in found] == [
+        ("another", 1),
+        (before["device"], 1),
+    ]
 
 
 def test_times_read_well() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ide_snn.paper import NETWORKS, ROWS
 from ide_snn.report.collect import Collection, Run
@@ -200,15 +201,22 @@ def _numbers(values: Sequence[int]) -> str:
 
 
 def machines(runs: Iterable[Run]) -> list[Machine]:
-    """The different machines and versions, with the number of runs of each."""
+    """The different machines and versions, with the number of runs of each; a resumed run may be of several."""
     counts: dict[tuple[tuple[str, str], ...], int] = {}
     for run in runs:
-        versions = {} if run.versions is None else run.versions
-        values = tuple((key, _text(key, value)) for key, value in versions.items() if key != "git_modified")
-        if versions.get("git_modified"):
-            values = tuple((k, f"{v} with changes" if k == "git_commit" else v) for k, v in values)
-        counts[values] = counts.get(values, 0) + 1
+        last = {} if run.versions is None else run.versions
+        own = {_versions_as_text(versions): None for versions in (last, *last.get("earlier", ()))}
+        for values in own:
+            counts[values] = counts.get(values, 0) + 1
     return [Machine(values, count) for values, count in counts.items()]
+
+
+def _versions_as_text(versions: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    hidden = ("git_modified", "earlier")
+    values = tuple((key, _text(key, value)) for key, value in versions.items() if key not in hidden)
+    if versions.get("git_modified"):
+        values = tuple((k, f"{v} with changes" if k == "git_commit" else v) for k, v in values)
+    return values
 
 
 def _text(key: str, value: object) -> str:
