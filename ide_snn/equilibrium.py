@@ -11,6 +11,7 @@ Source: Xiao et al., NeurIPS 2021, sections 4.1 to 4.3.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -264,14 +265,18 @@ class AnalyticLinearisation:
     maps: tuple[LinearMap, ...]
     slopes: tuple[Tensor, ...]
 
-    def transposed_factors(self) -> tuple[Factor, ...] | None:
-        """J^T as kernels, the factor that is applied first at the front; None where a map has no such kernel."""
-        factors = []
-        for link, slope in zip(reversed(self.maps), reversed(self.slopes), strict=True):
-            if not isinstance(link, (EventMap, DenseMap)):
-                return None
-            factors.append(link.adjoint_factor(slope))
-        return tuple(factors)
+    def transposed_factors(self) -> Callable[[], tuple[Factor, ...]] | None:
+        """What makes J^T as kernels, once; None where a map has no such kernel."""
+        maps = [link for link in self.maps if isinstance(link, (EventMap, DenseMap))]
+        if len(maps) < len(self.maps):
+            return None
+
+        @functools.cache
+        def factors() -> tuple[Factor, ...]:
+            pairs = zip(reversed(maps), reversed(self.slopes), strict=True)
+            return tuple(link.adjoint_factor(slope) for link, slope in pairs)
+
+        return factors
 
     def rounded(self) -> AnalyticLinearisation | None:
         """With products in bfloat16; None where that is not faster than walks over what all the slopes leave."""

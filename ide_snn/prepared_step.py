@@ -266,7 +266,8 @@ class _Slot:
         run = self.gmres.result()
         if self.terms.trust(run) and run.worst <= self.parts.solver.tol:
             return Solution.of(run, run.y)
-        return solve(LinearProblem(self.jacobian.rmatvec, g, native=True, factors=self.factors), self.parts.solver)
+        problem = LinearProblem(self.jacobian.rmatvec, g, native=True, factors=lambda: self.factors)
+        return solve(problem, self.parts.solver)
 
     def backward(self, v: Tensor, x: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
         """Cotangents of x and the parameters from the solution v."""

@@ -90,7 +90,7 @@ def in_factors(weights: Sequence[Tensor], scales: Sequence[Tensor], b: Tensor) -
 
     maps = [DenseMap(Affine(Operator("linear", *w.shape[::-1]), w, None, 1, None, (w.shape[1],))) for w in weights]
     factors = tuple(link.adjoint_factor(scale) for link, scale in zip(maps, scales, strict=True))
-    return LinearProblem(product, b, native=True, factors=factors)
+    return LinearProblem(product, b, native=True, factors=lambda: factors)
 
 
 def samples_of_growing_difficulty(groups: int, n: int) -> tuple[LinearProblem, Tensor]:

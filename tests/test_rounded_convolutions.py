@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from ide_snn import Connection, FeedbackSNN, Gmres, Implicit, Unrolled, convolutions, equilibrium, native, precision
 from ide_snn.convolutions import RoundedMap
+from ide_snn.dense import DenseMap
 from ide_snn.equilibrium import BFLOAT16_NOISE, AnalyticLinearisation, EquilibriumMap
 from ide_snn.event_driven import EventMap
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
 from ide_snn.precision import rounds_convolutions
 from ide_snn.solvers import LinearProblem, Outcome, Rough, solve
+from ide_snn.solvers.vectors import Factor
 from ide_snn.spiking import operator_gradients
 
 REASON = native.why_unavailable("events")
@@ -218,6 +220,21 @@ def test_training_takes_them(monkeypatch) -> None:
     gradients(block, images())
     assert len(seen) == 1
     assert products
+
+
+def test_kernels_are_packed_for_solves_that_need_them_only() -> None:
+    packed = []
+
+    def factors() -> tuple[Factor, ...]:
+        packed.append(1)
+        return (DenseMap(Affine(Operator("linear", 3, 3), matrix, None, 1, None, (3,))).adjoint_factor(None),)
+
+    matrix, b = 0.1 * torch.eye(3), torch.ones(2, 3)
+    for noise, asked in ((1e-3, []), (9e-3, [1])):  # at five times its noise a rough solve is worth a try
+        rough = Rough(lambda v: v @ matrix, noise)
+        solution = solve(LinearProblem(lambda v: v @ matrix, b, False, True, factors, rough), Gmres(1e-2))
+        assert solution.outcome is Outcome.converged
+        assert packed == asked
 
 
 def test_rounded_maps_and_their_adjoints_agree() -> None:

@@ -169,10 +169,11 @@ class Workspace:
         """||b|| [G] of a linear problem."""
         return _numbers(self.rows(self.problem.start).norm(dim=1))
 
-    @property
+    @cached_property
     def factors(self) -> tuple[Factor, ...] | None:
         """A as kernels, where the problem has it."""
-        return self.problem.factors if isinstance(self.problem, LinearProblem) else None
+        factors = self.problem.factors if isinstance(self.problem, LinearProblem) else None
+        return None if factors is None else factors()
 
     def matvec(self, y: Tensor, rough: Rough | None = None) -> Tensor:
         """A y for y [G, N], or that of `rough`."""

@@ -69,7 +69,7 @@ class Gmres:
         if self.rough_of(problem) is not None or problem.factors is None:
             return None
         terms = self.terms(b.dtype)
-        run = gmres(problem.factors, b, terms, min(self.restart, self.max_steps))
+        run = gmres(problem.factors(), b, terms, min(self.restart, self.max_steps))
         return run, terms.trust(run)
 
     def rough_of(self, problem: LinearProblem) -> Rough | None:

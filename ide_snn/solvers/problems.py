@@ -24,8 +24,9 @@ class LinearProblem:
 
     coupled: True where A mixes samples of the batch; then there is one group.
     native: the solver may use compiled kernels (float32 on a CPU), and overwrite what `matvec` returns.
-    factors: A as kernels that multiply samples one by one, the one that is applied first at the front; with `native`,
-        where A does not mix samples. They read `rhs` in its order in memory.
+    factors: gives A as kernels that multiply samples one by one, the one that is applied first at the front; with
+        `native`, where A does not mix samples. They read `rhs` in its order in memory. Asked when they are needed: a
+        solve that is rough throughout is not.
     rough: A with rounding, for solvers that may begin with it; the verdict is on A.
     """
 
@@ -33,7 +34,7 @@ class LinearProblem:
     rhs: Tensor
     coupled: bool = False
     native: bool = False
-    factors: tuple[Factor, ...] | None = None
+    factors: Callable[[], tuple[Factor, ...]] | None = None
     rough: Rough | None = None
 
     @property
