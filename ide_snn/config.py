@@ -43,6 +43,7 @@ from ide_snn.build import (
 )
 from ide_snn.config_errors import ConfigError, explain, one_error, refuse_added_keys
 from ide_snn.data import DataError
+from ide_snn.data.cache import Cache
 from ide_snn.distributed import RankError, environment_rank
 from ide_snn.schemas import SCHEMAS, TOOLS, Config
 
@@ -182,6 +183,7 @@ def config_from_dict(content: Mapping[str, Any]) -> Config:
     if not set(content) >= set(NEW_GROUPS):
         defaults = config_to_dict(load_config([f"{group}={member}" for group, member in NEW_GROUPS.items()]))
         content = {**{group: defaults[group] for group in NEW_GROUPS}, **content}
+    content = _with_a_cache(content)
     for group, members in SCHEMAS.items():
         section = content.get(group)
         if not isinstance(section, Mapping):
@@ -196,6 +198,18 @@ def config_from_dict(content: Mapping[str, Any]) -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(Config), sections, dict(content))
         assert isinstance(merged, DictConfig)
         return to_config(merged, Config)
+
+
+def _with_a_cache(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Earlier versions took any word for a folder, `false` too; what they decoded is the same with any cache."""
+    dataset = content.get("dataset")
+    if not isinstance(dataset, Mapping) or "cache" not in dataset:
+        return content
+    try:
+        Cache(str(dataset["cache"]), None)
+    except DataError:
+        return {**content, "dataset": {**dataset, "cache": "auto"}}
+    return content
 
 
 def to_yaml(config: Any) -> str:

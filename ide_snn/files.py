@@ -21,11 +21,32 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 
-_held = threading.local()
-
 
 class DataError(ValueError):
     """A problem with a data file or with the choice of a data set."""
+
+
+class _Held(threading.local):
+    """Folders that this thread writes to."""
+
+    def __init__(self) -> None:
+        self.folders: set[Path] = set()
+
+
+_held = _Held()
+_locks: set[BinaryIO] = set()  # open files, of all threads
+
+
+def _let_go() -> None:
+    """In a forked process: the locks are its parent's, and would outlive that."""
+    for file in _locks:
+        file.close()
+    _locks.clear()
+    _held.folders.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 class FolderInUseError(FileExistsError):
@@ -41,31 +62,39 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
     Raises:
         FolderInUseError: somebody else writes to it.
+        OSError: it cannot be made, or written to.
     """
-    folders: set[Path] = _held.__dict__.setdefault("folders", set())
     folder = folder.resolve()
-    if folder in folders:
+    if folder in _held.folders:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "wb") as file:
-        if fcntl is None:
-            log.warning("%s is not locked: this system has no flock. Do not train in it twice at once", folder)
-        else:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise FolderInUseError(
-                    f"another process is training in {folder}: wait for it or stop it, or choose another folder "
-                    "(hydra.run.dir)"
-                ) from None
-            except OSError as error:
-                log.warning("%s cannot be locked (%s): do not train in it twice at once", folder, error)
-        folders.add(folder)
+    with open(folder / LOCK, "ab") as file:
+        _lock(file, folder)
+        _held.folders.add(folder)
+        _locks.add(file)
         try:
             yield
         finally:
-            folders.discard(folder)
+            _held.folders.discard(folder)
+            _locks.discard(file)
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # of a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _lock(file: BinaryIO, folder: Path) -> None:
+    if fcntl is None:
+        log.warning("%s is not locked: this system has no flock. Do not train in it twice at once", folder)
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FolderInUseError(
+            f"another process is training in {folder}: wait for it or stop it, or choose another folder"
+        ) from None
+    except OSError as error:
+        log.warning("%s cannot be locked (%s): do not train in it twice at once", folder, error)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

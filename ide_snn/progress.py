@@ -12,7 +12,16 @@ from torch import nn
 from ide_snn.distributed import Ranks, Share
 from ide_snn.evaluation import Batch
 
-__all__ = ["Batches", "FitResult", "Progress", "SharedBatches", "describe", "random_state", "set_random_state"]
+__all__ = [
+    "Batches",
+    "FitResult",
+    "NonFiniteLossError",
+    "Progress",
+    "SharedBatches",
+    "describe",
+    "random_state",
+    "set_random_state",
+]
 
 
 class Batches(Sized, Protocol):
@@ -32,6 +41,10 @@ class SharedBatches(Batches, Protocol):
     def shares(self, start: int = 0) -> Iterator[Share]:
         """Which part of each batch of an epoch that is, without the first `start` batches."""
         ...
+
+
+class NonFiniteLossError(ArithmeticError):
+    """Training diverged: the loss or a weight is NaN or infinite."""
 
 
 @dataclass(frozen=True)

@@ -55,14 +55,14 @@ def versions(device: torch.device) -> dict[str, Any]:
     }
 
 
-def record_versions(path: Path, now: Mapping[str, Any]) -> None:
-    """Writes versions.json: those of now, and under `earlier` others that parts of the same run had, oldest first."""
+def record_versions(path: Path, now: Mapping[str, Any], *, resumed: bool) -> None:
+    """Writes versions.json: those of now and, under `earlier`, others that parts of a resumed run had, oldest first."""
     earlier: list[Mapping[str, Any]] = []
-    if path.exists():
+    if resumed and path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            earlier = [*before.pop("earlier", []), before]
-        except (ValueError, AttributeError) as error:
+            earlier = [dict(one) for one in (*before.pop("earlier", ()), before)]
+        except (ValueError, AttributeError, TypeError) as error:
             log.warning("%s is damaged (%s): what it said of the run's earlier parts is lost", path, error)
     earlier = [one for one in earlier if one != now]
     write_json(path, {**now, "earlier": earlier} if earlier else now)

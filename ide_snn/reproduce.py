@@ -26,7 +26,7 @@ import torch
 
 from ide_snn.checkpoint import flatten
 from ide_snn.config import CONFIG_DIR, ConfigError, check, config_from_dict, config_to_dict, load_config
-from ide_snn.files import FolderInUseError, sole_writer
+from ide_snn.files import sole_writer
 from ide_snn.hydra_tools import launch, quote, read_config_file, require_launcher
 from ide_snn.paper import ROWS
 from ide_snn.report import write_report
@@ -191,16 +191,21 @@ def _as_begun(job: Job) -> Job:
 
 
 def attempt(config: Config, run_dir: Path) -> Outcome:
-    """Train one run; an error is written to failure.json and returned."""
-    threads = torch.get_num_threads()
-    failure = run_dir / "failure.json"
+    """Train one run; an error is written to failure.json and returned. A folder of another process is left alone."""
     try:
         with sole_writer(run_dir):
-            failure.unlink(missing_ok=True)
-            return Outcome(interrupted=train(config, run_dir).interrupted)
-    except FolderInUseError as error:  # the folder is that of the other process
+            return _attempt(config, run_dir)
+    except OSError as error:  # the folder is another process's, or cannot be written to
         log.error("left alone: %s", error)
         return Outcome(error=str(error))
+
+
+def _attempt(config: Config, run_dir: Path) -> Outcome:
+    threads = torch.get_num_threads()
+    failure = run_dir / "failure.json"
+    failure.unlink(missing_ok=True)
+    try:
+        return Outcome(interrupted=train(config, run_dir).interrupted)
     except Exception as error:  # whatever it is, the other jobs can still run
         text = str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}"
         log.error("failed: %s", text, exc_info=not isinstance(error, EXPECTED))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,13 +9,14 @@ import numpy as np
 import torch
 
 from ide_snn.checkpoint import Checkpoint, CheckpointError, config_differences
+from ide_snn.data_record import data_differences
 from ide_snn.distributed import Ranks
 from ide_snn.evaluation import Totals
 from ide_snn.monitor import BlockMonitor, merged
 from ide_snn.optim import Schedule
 from ide_snn.progress import random_state, set_random_state
 
-__all__ = ["CHANGEABLE", "data_differences", "refuse_changes", "restore_training", "training_state"]
+__all__ = ["CHANGEABLE", "refuse_changes", "restore_training", "training_state"]
 
 # Options that may change when a run is resumed: they do not change what is computed.
 CHANGEABLE = (
@@ -57,19 +57,6 @@ def refuse_changes(
             f"{checkpoint.path} belongs to a run on other data, so it cannot be resumed: {'; '.join(others)} (saved -> "
             "now); set data_dir to the data that it was begun with"
         )
-
-
-def data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What both say about their data and is not the same, as 'key: old -> new'; numbers up to rounding."""
-    return [f"{key}: {old[key]} -> {new[key]}" for key in old if key in new and not _alike(old[key], new[key])]
-
-
-def _alike(first: Any, second: Any) -> bool:
-    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
-        return len(first) == len(second) and all(map(_alike, first, second))
-    if isinstance(first, float) and isinstance(second, (float, int)):
-        return math.isclose(first, second, rel_tol=1e-6)  # means of images, of another machine
-    return bool(first == second)
 
 
 def training_state(

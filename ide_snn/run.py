@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +31,8 @@ from ide_snn.config import (
     resolve_device,
     to_yaml,
 )
-from ide_snn.data import Dataset, Normalization, load_image, to_input
+from ide_snn.data import Dataset, load_image, to_input
+from ide_snn.data_record import as_in_training, data_section, normalization_of
 from ide_snn.distributed import Ranks, in_job, local_rank, process_group
 from ide_snn.dsr_network import DSRClassifier
 from ide_snn.evaluation import evaluate
@@ -39,7 +40,7 @@ from ide_snn.files import sole_writer
 from ide_snn.models import FeedbackClassifier
 from ide_snn.precision import round_products
 from ide_snn.reporting import record_versions, versions, write_json
-from ide_snn.schemas import Config, DSRConfig, EvaluateConfig, EventDatasetConfig, PredictConfig
+from ide_snn.schemas import Config, DSRConfig, EvaluateConfig, EventDatasetConfig, PredictConfig, options
 from ide_snn.training import FitResult, fit
 
 __all__ = ["evaluate_checkpoint", "model_from_checkpoint", "predict_image", "train"]
@@ -79,9 +80,6 @@ def _train(config: Config, run_dir: Path, device: torch.device, ranks: Ranks) ->
     if ranks.is_first:
         _warn_about_idle_options(config)
         _warn_about_threads()
-    new = not (run_dir / "checkpoints" / "last.pt").exists()
-    if new and ranks.is_first:
-        _write_record(config, run_dir, device)
     result = fit(
         model,
         loaders.train,
@@ -100,12 +98,11 @@ def _train(config: Config, run_dir: Path, device: torch.device, ranks: Ranks) ->
         resume=config.resume == "auto",
         config=config_to_dict(config),
         upgrade=lambda saved: config_to_dict(config_from_dict(saved)),
-        data=_data_section(dataset),
+        data=data_section(dataset),
+        begun=lambda resumed: _write_record(config, run_dir, device, resumed),
         log_every=config.trainer.log_every,
         progress=config.trainer.progress,
     )
-    if not new and not result.already_finished and ranks.is_first:
-        _write_record(config, run_dir, device)
     if result.interrupted is not None:
         log.info("stopped; to go on, repeat the command with: resume=auto hydra.run.dir=%s", run_dir)
     elif ranks.is_first:
@@ -178,12 +175,14 @@ def _warn_about_idle_options(config: Config) -> None:
     groups = idle[config.method.name] | ({"encoder"} if isinstance(config.dataset, EventDatasetConfig) else set())
     if config.compile and config.method.name == "dsr":
         log.warning("compile=true has no effect with method=dsr")
-    method = config.method
-    if isinstance(method, DSRConfig) and method.v_threshold_grad_scaling != 1 and config.optimizer.name != "sgd":
+    method, optimizer = config.method, config.optimizer
+    decays = optimizer.name == "adam" and options(optimizer)["weight_decay"] > 0  # which is added to the gradient
+    by_scale = optimizer.name == "sgd" or decays or config.trainer.gradient_clip is not None
+    if isinstance(method, DSRConfig) and method.v_threshold_grad_scaling != 1 and not by_scale:
         log.warning(
             "method.v_threshold_grad_scaling has no effect with optimizer=%s: its steps do not depend on the scale of "
             "gradients",
-            config.optimizer.name,
+            optimizer.name,
         )
     chosen, default = config_to_dict(config), config_to_dict(load_config())
     for group in sorted(groups):
@@ -196,10 +195,10 @@ def _count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _write_record(config: Config, run_dir: Path, device: torch.device) -> None:
+def _write_record(config: Config, run_dir: Path, device: torch.device, resumed: bool) -> None:
     """config.yaml and versions.json: what is needed to repeat the run."""
     write_atomically(run_dir / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
-    record_versions(run_dir / "versions.json", versions(device))
+    record_versions(run_dir / "versions.json", versions(device), resumed=resumed)
 
 
 def _write_result(result: FitResult, config: Config, dataset: Dataset, run_dir: Path) -> None:
@@ -223,17 +222,6 @@ def _write_result(result: FitResult, config: Config, dataset: Dataset, run_dir: 
         result.best_selected_on,
         path,
     )
-
-
-def _data_section(dataset: Dataset) -> dict[str, Any]:
-    """What predictions need to know about the data; plain containers for the checkpoint."""
-    section: dict[str, Any] = {"name": dataset.name, "title": dataset.title, "class_names": list(dataset.class_names)}
-    section |= {"train_samples": len(dataset.train), "test_samples": len(dataset.test)}
-    normalization = dataset.normalization
-    if normalization is None:
-        return section
-    numbers = {"input_scale": normalization.input_scale, "mean": normalization.mean, "std": normalization.std}
-    return {**section, **{key: list(v) if isinstance(v, tuple) else v for key, v in numbers.items()}}
 
 
 def model_from_checkpoint(
@@ -274,7 +262,7 @@ def _evaluate_checkpoint(request: EvaluateConfig, ranks: Ranks) -> dict[str, Any
         config = replace(config, data_dir=request.data_dir)
     # of event recordings, another time_steps takes more or fewer of the frames that the network was trained on
     dataset = _load_in_turn(replace(config, time_steps=checkpoint.config["time_steps"]), ranks)
-    dataset = _as_in_training(dataset, checkpoint, tell=ranks.is_first)
+    dataset = as_in_training(dataset, checkpoint, tell=ranks.is_first)
     if request.batch_size is not None:
         trainer = replace(config.trainer, evaluation_batch_size=request.batch_size)
         config = replace(config, trainer=trainer)
@@ -294,32 +282,6 @@ def _evaluate_checkpoint(request: EvaluateConfig, ranks: Ranks) -> dict[str, Any
     if request.output is not None:
         write_json(Path(request.output), report)
     return report
-
-
-def _as_in_training(dataset: Dataset, checkpoint: Checkpoint, *, tell: bool) -> Dataset:
-    """The data with the normalisation of those that the checkpoint was trained on.
-
-    Raises:
-        CheckpointError: they have other classes, or in another order: the labels mean something else.
-    """
-    saved, now = checkpoint.data, _data_section(dataset)
-    different = {key: (saved[key], now[key]) for key in saved if key in now and saved[key] != now[key]}
-    # imported checkpoints number the classes where nobody knows their names
-    numbers = [str(label) for label in range(dataset.num_classes)]
-    if "class_names" in different and saved["class_names"] != numbers:
-        raise CheckpointError(
-            f"{checkpoint.path} was trained on the classes {', '.join(saved['class_names'])}, but the data have "
-            f"{', '.join(now['class_names'])}: set data_dir to data with the same classes"
-        )
-    if "title" in different and tell:
-        log.warning("trained on %s, evaluated on %s", *different["title"])
-    if dataset.normalization is None or "mean" not in saved:
-        return dataset
-    return replace(dataset, normalization=_normalization_of(saved))
-
-
-def _normalization_of(data: Mapping[str, Any]) -> Normalization:
-    return Normalization(data["input_scale"], tuple(data["mean"]), tuple(data["std"]))
 
 
 def predict_image(request: PredictConfig) -> dict[str, Any]:
@@ -342,7 +304,7 @@ def predict_image(request: PredictConfig) -> dict[str, Any]:
     if loaded.resized:
         size = " x ".join(map(str, loaded.original_size))
         print(f"resized from {size} to {height} x {width} pixels", file=sys.stderr)
-    normalization = input_normalization(config, _normalization_of(data))
+    normalization = input_normalization(config, normalization_of(data))
     assert normalization is not None  # images have one
     x = to_input(loaded.image, normalization).to(next(model.parameters()).device)
     encoder = build_encoder(config)

@@ -38,7 +38,7 @@ from ide_snn.files import sole_writer
 from ide_snn.interrupt import StopRequest
 from ide_snn.monitor import BlockMonitor, feedback_diagnostics, merged, solver_figures
 from ide_snn.optim import ConstantSchedule, Schedule, set_learning_rate
-from ide_snn.progress import Batches, FitResult, Progress, describe
+from ide_snn.progress import Batches, FitResult, NonFiniteLossError, Progress, describe
 from ide_snn.replicas import Replicas, with_shares
 from ide_snn.reporting import RunLog, write_csv
 from ide_snn.resuming import own_random, refuse_changes, restore_training, training_state
@@ -47,10 +47,6 @@ from ide_snn.solvers import SolverWarning
 __all__ = ["Batches", "Evaluation", "FitResult", "NonFiniteLossError", "evaluate", "fit"]
 
 log = logging.getLogger(__name__)
-
-
-class NonFiniteLossError(ArithmeticError):
-    """Training diverged: the loss or a weight is NaN or infinite."""
 
 
 def fit(
@@ -73,6 +69,7 @@ def fit(
     config: Mapping[str, Any] | None = None,
     upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     data: Mapping[str, Any] | None = None,
+    begun: Callable[[bool], object] | None = None,
     log_every: int = 50,
     progress: bool | None = True,
 ) -> FitResult:
@@ -101,6 +98,8 @@ def fit(
         upgrade: brings a saved config of an older version into the present form before it is compared.
         data: what else should be known about the data, saved in the checkpoints; plain containers. A resumed run must
             not be told otherwise.
+        begun: called by rank 0 before the first step of this call, with True where a run is continued; `run_dir` is
+            this process's then.
         log_every: optimiser steps between looks at the running loss, each of which waits for the device.
         progress: show bars; None means only on a terminal.
 
@@ -143,6 +142,7 @@ def fit(
         config=config or {},
         upgrade=upgrade,
         data=data or {},
+        begun=begun,
         log_every=log_every,
         show=progress,
     )
@@ -172,6 +172,7 @@ class _Run:
     config: Mapping[str, Any]
     upgrade: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     data: Mapping[str, Any]
+    begun: Callable[[bool], object] | None
     log_every: int
     show: bool | None
 
@@ -198,6 +199,8 @@ class _Run:
             if self.run_dir is not None and self.ranks.is_first:  # a run killed while it wrote its last row lacks it
                 write_csv(self.run_dir / "metrics.csv", self.progress.rows)
             return self._result(already_finished=True)
+        if self.begun is not None and self.ranks.is_first:
+            self.begun(resumed)
         self.started = time.perf_counter() - self.progress.seconds
         self.log = RunLog(self.run_dir if self.ranks.is_first else None, self.progress.step + 1 if resumed else 0)
         self.masks = DropoutStream(self.mask_seed)

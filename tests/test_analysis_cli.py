@@ -47,6 +47,14 @@ def request_for(checkpoint: Path, **options: object) -> AnalyzeConfig:
     return AnalyzeConfig(str(checkpoint), **(settings | options))  # type: ignore[arg-type]
 
 
+def test_data_with_other_classes_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["data"]["class_names"].reverse()
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"trained on the classes 9, 8, .* but the data have 0, 1, "):
+        analyze_checkpoint(request_for(tmp_path / "other.pt"))
+
+
 def test_the_script_from_end_to_end(checkpoint: Path, tmp_path: Path) -> None:
     options = ["time_steps=7", "neurons=[0,19]", "thresholds=[0.4,0.9,1.0]", "trace_samples=[1,3]", "batch_size=100"]
     command = [sys.executable, str(PROJECT / "scripts" / "analyze.py"), f"checkpoint={checkpoint}", "device=cpu"]

@@ -53,6 +53,7 @@ LAYERS = [
     "events",
     "data",
     "checkpoint",
+    "data_record",
     "interrupt",
     "monitor",
     "evaluation",

@@ -80,7 +80,7 @@ def test_none_keeps_nothing(source: Source) -> None:
     assert [path.name for path in source.path.parent.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("choice", ["false", "False", "off", "null", ""])
+@pytest.mark.parametrize("choice", ["false", "False", "off", "null", "", "None", "Auto"])
 def test_a_switch_is_no_folder(choice: str) -> None:
     with pytest.raises(DataError, match=r"dataset\.cache: .* is not a choice; choose auto, none, or a folder"):
         Cache(choice, None)

@@ -195,9 +195,15 @@ def test_options_without_effect_are_said(
 
 
 def test_a_factor_on_a_gradient_has_no_effect_with_adam(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for number, (optimizer, said) in enumerate({"sgd": False, "adam": True}.items()):
+    cases = {
+        "optimizer=sgd": False,
+        "optimizer=adam optimizer.weight_decay=0": True,
+        "optimizer=adam optimizer.weight_decay=0.1": False,  # is added to the gradient
+        "optimizer=adam optimizer.weight_decay=0 trainer.gradient_clip=1": False,  # of all gradients together
+    }
+    for number, (options, said) in enumerate(cases.items()):
         caplog.clear()
-        train(tiny(f"method=dsr method.v_threshold_grad_scaling=2 optimizer={optimizer}"), tmp_path / str(number))
+        train(tiny(f"method=dsr method.v_threshold_grad_scaling=2 {options}"), tmp_path / str(number))
         assert ("method.v_threshold_grad_scaling has no effect with optimizer=adam" in caplog.text) is said
 
 

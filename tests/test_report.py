@@ -331,8 +331,8 @@ def test_machines_are_counted(tmp_path: Path) -> None:
 def test_a_run_resumed_elsewhere_names_both_machines(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "0", FASHION, accuracies=rising(0.9, 0.89))
     before = json.loads((folder / "versions.json").read_text())
-    record_versions(folder / "versions.json", {**before, "device": "another"})
-    record_versions(folder / "versions.json", {**before, "device": "another"})  # the same a second time
+    for _ in range(2):
+        record_versions(folder / "versions.json", {**before, "device": "another"}, resumed=True)
     found = machines(collect(tmp_path).runs)
     assert [(dict(machine.values)["device"], machine.runs) for machine in found] == [
         ("another", 1),

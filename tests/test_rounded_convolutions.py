@@ -237,6 +237,18 @@ def test_kernels_are_packed_for_solves_that_need_them_only() -> None:
         assert packed == asked
 
 
+def test_a_linearisation_packs_its_kernels_once_when_it_is_asked(monkeypatch) -> None:
+    packed = []
+    factor = EventMap.adjoint_factor
+    monkeypatch.setattr(EventMap, "adjoint_factor", lambda *of: (packed.append(1), factor(*of))[1])
+    maps = [EventMap(Affine(Operator.of(MODULES["conv"]), MODULES["conv"].weight.detach(), None, 1, None, (5, 9, 9)))]
+    factors = AnalyticLinearisation((*maps,), (torch.ones(2, 7, 5, 5),)).transposed_factors()
+    assert factors is not None
+    assert packed == []
+    assert factors() is factors()
+    assert packed == [1]
+
+
 def test_rounded_maps_and_their_adjoints_agree() -> None:
     generator = torch.Generator().manual_seed(0)
     for module in (MODULES["conv"], MODULES["conv_transposed"]):

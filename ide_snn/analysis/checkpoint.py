@@ -14,6 +14,7 @@ from ide_snn.analysis.figures import require_matplotlib, save_figures
 from ide_snn.analysis.model import Analysis, analyze_model
 from ide_snn.bptt import Bptt
 from ide_snn.config import ConfigError, build_dataset, build_loaders
+from ide_snn.data_record import as_in_training
 from ide_snn.implicit import Implicit
 from ide_snn.models import FeedbackClassifier
 from ide_snn.reporting import write_json
@@ -55,7 +56,7 @@ def analyze_checkpoint(request: AnalyzeConfig) -> dict[str, Any]:
         model.block.gradient = Implicit()  # the same rates, and the solver is looked at
     _check(request, model)
     # of event recordings, another time_steps takes more or fewer of the frames that the network was trained on
-    dataset = build_dataset(replace(config, time_steps=trained_steps))
+    dataset = as_in_training(build_dataset(replace(config, time_steps=trained_steps)), checkpoint)
     chosen = _evenly_spaced(len(dataset.test), request.samples)
     dataset = replace(dataset, test=dataset.test.subset(chosen))
     config = _with_batch_size(config, request.batch_size, model, len(chosen))

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the meaning of the stored arrays changes
 FOLDER = ".ide_snn_cache"
-NO_FOLDERS = ("", "false", "true", "no", "yes", "off", "on", "null")  # what switches say; ./false is a folder
+NO_FOLDERS = ("", "false", "true", "no", "yes", "off", "on", "null", "none", "auto")  # ./false is a folder
 IDENTITY = "identity"
 Arrays = dict[str, NDArray[Any]]
 
@@ -47,7 +47,7 @@ class Cache:
     data_dir: Path | None
 
     def __post_init__(self) -> None:
-        if self.choice.lower() in NO_FOLDERS:
+        if self.choice not in ("auto", "none") and self.choice.lower() in NO_FOLDERS:
             raise DataError(f"dataset.cache: {self.choice!r} is not a choice; choose auto, none, or a folder")
 
     @property
