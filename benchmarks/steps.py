@@ -6,10 +6,11 @@
 
 A step is zero_grad, `F.cross_entropy(net(x), y).backward()`, `optimizer.step()` with network, optimizer and solver of
 the experiment's configuration, LIF neurons and dropout on, on weights that --warm-steps steps have trained (every
-variant starts from the same; the original trains its own as long). All steps and floors of a case take turns in one
-process and see the same batch in the same round; medians and minima over the rounds are given. What a floor is:
-floor.py. Peers: peers.py. Peak memory is measured over --memory-steps steps at every T of --memory-time-steps, each
-time in a process of its own; the median of --memory-runs processes counts, since pages of libraries come and go.
+variant starts from the same; the original trains its own as long). Timed steps have the learning rate 0: the weights
+stay those that the floor is of, and with them the spikes. All steps and floors of a case take turns in one process and
+see the same batch in the same round; medians and minima over the rounds are given. What a floor is: floor.py. Peers:
+peers.py. Peak memory is measured over --memory-steps steps at every T of --memory-time-steps, each time in a process of
+its own; the median of --memory-runs processes counts, since pages of libraries come and go.
 
 Writes <case>.json after every stage, and steps.md and steps.png of all cases in --output. Run it on an idle machine.
 """
@@ -141,6 +142,7 @@ class CaseRun:
         rounds, timed = self.options.rounds, timed_batches(self.batches, self.options.rounds)
         everyone: dict[str, Network] = {**self.ours, **self.others}
         for network in everyone.values():
+            network.hold_weights()
             for _ in range(2):
                 network.step(*timed[0])
         floors, leaders = self._floors(timed[0])
