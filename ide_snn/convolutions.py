@@ -8,6 +8,7 @@ always walks. Float32 on a CPU.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ide_snn import native
 from ide_snn.event_driven import EventConnection
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
@@ -23,11 +25,14 @@ from ide_snn.spiking import operator_gradients
 
 SPARSE = 0.5  # share of numbers that are not 0 up to which a walk over them is faster than a dense convolution,
 SPARSE_BESIDE_BFLOAT16 = 0.3  # and than one of bfloat16
+LOOKED_AT = 1 << 15  # numbers of which the share is taken
 
 
 def is_sparse(x: Tensor, share: float = SPARSE) -> bool:
-    """True where so much of x [B, *] is 0 that a walk over the rest beats a dense product, by the first samples."""
-    some = x[: -(-len(x) // 16)]
+    """True where so much of x [B, *] is 0 that a walk over the rest beats a dense product, by numbers all over x."""
+    lies = x.permute(0, 2, 3, 1) if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x
+    rows = lies.reshape(-1, lies.shape[-1])
+    some = rows[:: max(1, rows.numel() // LOOKED_AT)]
     return int(torch.count_nonzero(some)) < share * some.numel()
 
 
@@ -103,6 +108,28 @@ class RoundedMap:
         return self.affine.operator.apply(x.to(torch.bfloat16), self._weight).to(x.dtype)
 
     def adjoint(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
-        """K^T (scale * y)."""
-        scaled = (y if scale is None else y * scale).to(torch.bfloat16)
-        return self.affine.operator.adjoint(scaled, self._weight, self.affine.input_shape).to(y.dtype)
+        """K^T (scale * y) in bfloat16, which may be the y of another."""
+        return self.affine.operator.adjoint(_scaled(y, scale), self._weight, self.affine.input_shape)
+
+
+class _Rounded(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("size", "next")),
+        *(("x", ctypes.c_void_p), ("is_rounded", ctypes.c_int64)),
+        *((name, ctypes.c_void_p) for name in ("scale", "to")),
+    ]
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """scale * x, rounded to bfloat16, of x in float32 or bfloat16; by one pass over memory where both lie alike."""
+    if scale is None:
+        return x.to(torch.bfloat16)
+    last = torch.channels_last
+    if not (x.is_contiguous(memory_format=last) and scale.is_contiguous(memory_format=last)):
+        return (x * scale).to(torch.bfloat16)
+    assert scale.dtype == torch.float32  # the kernel would read past it
+    assert scale.shape == x.shape
+    to = torch.empty_like(x, dtype=torch.bfloat16, memory_format=last)
+    work = _Rounded(x.numel(), 0, x.data_ptr(), x.dtype == torch.bfloat16, scale.data_ptr(), to.data_ptr())
+    native.run("elementwise", "rounded", work, x.numel())
+    return to

@@ -290,10 +290,11 @@ class AnalyticLinearisation:
         return w
 
     def rmatvec(self, v: Tensor) -> Tensor:
+        dtype = v.dtype
         with torch.no_grad():
             for link, slope in zip(reversed(self.maps), reversed(self.slopes), strict=True):
                 v = link.adjoint(v, slope)
-        return v
+        return v.to(dtype)  # of rounded maps it is bfloat16
 
 
 def _rounded(link: LinearMap, slope: Tensor) -> LinearMap:

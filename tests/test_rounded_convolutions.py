@@ -261,3 +261,28 @@ def test_rounded_maps_and_their_adjoints_agree() -> None:
         )
         exact = link.affine.adjoint(y * scale)
         assert 1e-4 < float((link.adjoint(y, scale) - exact).norm() / exact.norm()) < 2.0**-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_scaled_vectors_are_those_of_torch_bit_for_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-140, 127, (3, 5, 67, 71), generator=generator)
+    x = torch.ldexp(torch.randn(exponents.shape, generator=generator), exponents).to(dtype)
+    x[0, 0, 0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+    scale = torch.rand(x.shape, generator=generator) * (torch.rand(x.shape, generator=generator) < 0.5)
+    x, scale = x.contiguous(memory_format=layout), scale.contiguous(memory_format=torch.channels_last)
+    scale[0, 0, 0, :3] = torch.tensor([1.0, 0.5, 0.0])
+    found = convolutions._scaled(x, scale)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, (x.float() * scale).to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_share_of_zeros_is_taken_all_over() -> None:
+    x = torch.zeros(64, 8, 16, 16)
+    x[:4] = 1  # the first samples are not like the others
+    for layout in (torch.channels_last, torch.contiguous_format):
+        assert convolutions.is_sparse(x.contiguous(memory_format=layout), 0.1)
+        assert not convolutions.is_sparse(x.contiguous(memory_format=layout), 0.05)
+    assert convolutions.is_sparse(x.flatten(1), 0.1)
+    assert convolutions.is_sparse(torch.zeros(1, 1, 1, 1))

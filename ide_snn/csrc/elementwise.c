@@ -41,6 +41,42 @@ void slopes(Slopes *w) {
 }
 
 typedef struct {
+    int64_t size;
+    int64_t next;       /* share to be taken by the next thread; starts at 0 */
+    const void *x;      /* [size], float32 or */
+    int64_t is_rounded; /* 1: bfloat16 */
+    const float *scale; /* [size] */
+    uint16_t *to;       /* [size] bfloat16 */
+} Rounded;
+
+/* to = scale x, rounded to nearest, ties to even. */
+void rounded(Rounded *w) {
+    float room[SHARE];
+    for (int64_t i; (i = SHARE * __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->size;) {
+        int64_t n = w->size - i < SHARE ? w->size - i : SHARE;
+        const float *scale = w->scale + i;
+        if (w->is_rounded) {
+            const uint16_t *x = (const uint16_t *)w->x + i;
+            for (int64_t j = 0; j < n; j++) {
+                uint32_t bits = (uint32_t)x[j] << 16;
+                memcpy(room + j, &bits, sizeof bits);
+            }
+            for (int64_t j = 0; j < n; j++) room[j] *= scale[j];
+        } else {
+            const float *x = (const float *)w->x + i;
+            for (int64_t j = 0; j < n; j++) room[j] = x[j] * scale[j];
+        }
+        uint16_t *to = w->to + i;
+        for (int64_t j = 0; j < n; j++) {
+            uint32_t bits;
+            memcpy(&bits, room + j, sizeof bits);
+            uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+            to[j] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest); /* NaN stays NaN */
+        }
+    }
+}
+
+typedef struct {
     int64_t samples, size;
     int64_t next;       /* sample to be taken by the next thread; starts at 0 */
     uint64_t key;
