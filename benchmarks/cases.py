@@ -130,8 +130,11 @@ class Network:
             self.step(x, y)
 
     def hold_weights(self) -> None:
-        """Steps do the same as before and leave the weights where they are: so all are of those that a floor is of."""
+        """Steps do the same as before and leave weights and running statistics where they are, which a floor is of."""
         set_learning_rate(self.optimizer, [0.0] * len(self.optimizer.param_groups), 1.0)
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = 0.0
 
     def state(self) -> dict[str, Any]:
         return copy.deepcopy({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})

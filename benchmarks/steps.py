@@ -6,11 +6,12 @@
 
 A step is zero_grad, `F.cross_entropy(net(x), y).backward()`, `optimizer.step()` with network, optimizer and solver of
 the experiment's configuration, LIF neurons and dropout on, on weights that --warm-steps steps have trained (every
-variant starts from the same; the original trains its own as long). Timed steps have the learning rate 0: the weights
-stay those that the floor is of, and with them the spikes. All steps and floors of a case take turns in one process and
-see the same batch in the same round; medians and minima over the rounds are given. What a floor is: floor.py. Peers:
-peers.py. Peak memory is measured over --memory-steps steps at every T of --memory-time-steps, each time in a process of
-its own; the median of --memory-runs processes counts, since pages of libraries come and go.
+variant starts from the same; the original trains its own as long). Timed steps have the learning rate 0 and batch
+norms the momentum 0: the network stays that which the floor is of, and with it the spikes. All steps and floors of a
+case take turns in one process and see the same batch in the same round; medians and minima over the rounds are given.
+What a floor is: floor.py. Peers: peers.py. Peak memory is measured over --memory-steps steps at every T of
+--memory-time-steps, each time in a process of its own; the median of --memory-runs processes counts, since pages of
+libraries come and go.
 
 Writes <case>.json after every stage, and steps.md and steps.png of all cases in --output. Run it on an idle machine.
 """
