@@ -241,5 +241,5 @@ def test_a_checkpoint_that_named_a_switch_as_its_cache_is_read() -> None:
     for cache in ("False", "None"):
         content["dataset"]["cache"] = cache
         assert config_from_dict(content).dataset.cache == "auto"
-    content["dataset"]["cache"] = "/tmp/decoded"
-    assert config_from_dict(content).dataset.cache == "/tmp/decoded"
+    content["dataset"]["cache"] = "decoded"
+    assert config_from_dict(content).dataset.cache == "decoded"
