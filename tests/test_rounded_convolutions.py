@@ -286,3 +286,11 @@ def test_the_share_of_zeros_is_taken_all_over() -> None:
         assert not convolutions.is_sparse(x.contiguous(memory_format=layout), 0.05)
     assert convolutions.is_sparse(x.flatten(1), 0.1)
     assert convolutions.is_sparse(torch.zeros(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("size", [14, 16, 49])
+def test_the_share_of_zeros_is_not_that_of_a_border(size: int) -> None:
+    x = torch.ones(32, 64, size, size).contiguous(memory_format=torch.channels_last)
+    x[..., 0], x[:, :, 0] = 0, 0
+    assert not convolutions.is_sparse(x, 0.5)
+    assert convolutions.is_sparse(1 - x, 0.5)
