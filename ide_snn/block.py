@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -12,28 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ide_snn import event_driven, integers
+from ide_snn import integers
 from ide_snn.bptt import Bptt, Frames, through_time
 from ide_snn.compiled import CompiledSteps
 from ide_snn.equilibrium import EquilibriumMap
 from ide_snn.graphed_simulation import GraphedSimulations
 from ide_snn.implicit import GRADIENTS, Gradient, Implicit, SolveHook, attach_gradient
-from ide_snn.kernels import available
 from ide_snn.layers import Apply, Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, require_finite, step_, time_average
 from ide_snn.operators import Operator
-from ide_snn.precision import Precision, products_rounded, require_precision, rounds_convolutions, why_no_tf32
-from ide_snn.simulation import EVENT_PATHS, FUSED_PATHS, Path, Rates, Record, simulate
+from ide_snn.paths import PathChoice
+from ide_snn.precision import Precision, products_rounded, require_precision
+from ide_snn.simulation import FUSED_PATHS, Path, Rates, Record, simulate
 from ide_snn.solvers import SOLVERS, Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
 
 log = logging.getLogger(__name__)
-PATHS = {  # as the log says them
-    "dense": "dense",
-    "events": "event-driven float32",
-    "events16": "event-driven, 16-bit weights",
-    "fused": "dense products, fused neuron kernel",
-    "fused_tf32": "dense products in TF32, fused neuron kernel",
-}
 SimulationHook = Callable[[Rates], None]
 
 
@@ -117,7 +110,7 @@ class FeedbackSNN(nn.Module):
 
     def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Rates of the last population [B, *]; `generator` is for the dropout masks."""
-        if self.compile_ and self.training and torch.is_grad_enabled() and not x.is_cuda:
+        if self._may_be_compiled(x):
             value = self._compiled(self, x, generator)
             if value is not None:
                 return value
@@ -132,6 +125,15 @@ class FeedbackSNN(nn.Module):
             rates = moment.simulate(record)
             self._tell(rates)
             return self._attach(rates.last, moment.map, rates.mean_response)
+
+    def read_out(self, linear: nn.Linear, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """linear(self(x)) in one compiled step; None where there is none, for the two to be called."""
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        own = type(self).forward is not FeedbackSNN.forward or "forward" in self.__dict__
+        return None if own or hooks or not self._may_be_compiled(x) else self._compiled(self, x, generator, linear)
+
+    def _may_be_compiled(self, x: Tensor) -> bool:
+        return self.compile_ and self.training and torch.is_grad_enabled() and not x.is_cuda
 
     def _tell(self, rates: Rates) -> None:
         if self._simulation_hooks:
@@ -228,9 +230,7 @@ class FeedbackSNN(nn.Module):
             return "dense"
         if isinstance(self.gradient, Bptt):
             raise ValueError(f"precision={self.precision} is for implicit differentiation; with Bptt use 'float32'")
-        path, reason = self._best_path(links, device)
-        said = ", ".join([PATHS[path], *self._rounded_besides(path, links, device)])
-        message = f"precision={self.precision}: {said}" + (f" ({reason})" if reason else "")
+        path, reason, message = self._choice.of(links, device)
         if message != self._path_said:
             self._path_said = message
             log.log(logging.INFO if reason is None else logging.WARNING, message)
@@ -238,45 +238,11 @@ class FeedbackSNN(nn.Module):
 
     def takes_integers(self, path: Path) -> bool:
         """True where the input stage's products are those of `ide_snn.integers`, if the forward takes this path."""
-        return self._could_take_integers(path) and integers.why_unavailable() is None
+        return self._choice.takes_integers(path)
 
-    def _could_take_integers(self, path: Path) -> bool:
-        by_precision = self.precision == "fast" and path in EVENT_PATHS
-        return by_precision and not self.input_has_time and integers.suits(self.input.operator)
-
-    def _rounded_besides(self, path: Path, links: Sequence[FixedConnection], device: torch.device) -> Iterator[str]:
-        """What `fast` may round beside the simulation, and whether it does on this machine."""
-        if self.precision != "fast" or path not in EVENT_PATHS:
-            return
-        if self._could_take_integers(path):
-            reason = integers.why_unavailable()
-            yield f"input stage in {'whole numbers' if reason is None else f'float32: {reason}'}"
-        # elsewhere f's own graph is differentiated, in float32
-        by_events = isinstance(self.gradient, Implicit) and (
-            self.gradient.jacobian_bn == "running" or not any(link.connection.uses_batch_statistics for link in links)
-        )
-        if by_events and any(link.operator is not None and link.operator.suits_onednn for link in links):
-            yield f"dense convolutions in {'bfloat16' if rounds_convolutions(self.precision, device) else 'float32'}"
-
-    def _best_path(self, links: Sequence[FixedConnection], device: torch.device) -> tuple[Path, str | None]:
-        """The path for `precision` exact or fast, and why it is not the one that was asked for."""
-        if torch.is_autocast_enabled(device.type):
-            return "dense", "autocast is on"
-        if device.type == "cuda":
-            kernel = available(device)
-            if kernel.backend != "triton":
-                return "dense", kernel.reason
-            reason = None if self.precision == "exact" else why_no_tf32(device)
-            return ("fused" if self.precision == "exact" or reason else "fused_tf32"), reason
-        maps = [link.frozen for link in links]
-        of_input = (p.dtype for p in self.input.parameters() if p.is_floating_point() and p.dtype != torch.float32)
-        reason = next((f"the input stage is {dtype}" for dtype in of_input), None) or event_driven.why_not(maps)
-        if reason is not None:
-            return "dense", reason
-        if self.precision == "exact":
-            return "events", None
-        reason = event_driven.why_not_in_levels(maps)
-        return ("events16", None) if reason is None else ("events", reason)
+    @property
+    def _choice(self) -> PathChoice:
+        return PathChoice(self.precision, self.gradient, self.input, self.input_has_time)
 
     def _attach(self, rates: Tensor, f: EquilibriumMap, response: Tensor | None = None) -> Tensor:
         if not (self.training or torch.is_grad_enabled()):

@@ -24,6 +24,7 @@ from ide_snn.operators import Operator
 from ide_snn.optimizations import SpectralMatrix, SpectralMatrixFirstDim, get_constraint, raw_weight
 from ide_snn.precision import Precision
 from ide_snn.prepared_step import Parts, Plan
+from ide_snn.readout import suits
 from ide_snn.simulation import EVENT_PATHS, Path
 from ide_snn.solvers import Gmres, Solver
 
@@ -32,8 +33,10 @@ log = logging.getLogger(__name__)
 MOST_PLANS = 4  # sizes of batches and other settings whose buffers are kept
 
 
-# of connections, dropout, batch norm and constraints, as long as they are those that are known
-SETTINGS = ("pool", "p", "eps", "momentum", "track_running_stats", "bound")
+# of connections, dropout, batch norm and constraints, as long as they are those that are known; "forward" is where
+# somebody has put a function of his own in its place
+SETTINGS = ("training", "pool", "p", "eps", "momentum", "track_running_stats", "bound", "forward")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # hooks of all modules (`torch.nn.modules.module.register_module_forward_hook` and its like): torch keeps these dicts
 GLOBAL_HOOKS = tuple(
@@ -83,20 +86,36 @@ class CompiledSteps:
 
     def __init__(self) -> None:
         self._plans: OrderedDict[tuple[Any, ...], tuple[Plan | str, _Watch]] = OrderedDict()
+        self._latest: tuple[tuple[Any, ...], tuple[Plan | str, _Watch]] | None = None  # is found without hashing
         self._said: str | None = None
 
-    def __call__(self, block: Block, x: Tensor, generator: Generator | None) -> Tensor | None:
-        """The rates of a training forward with their gradient; None where it is not compiled, which the log says."""
+    def __call__(
+        self, block: Block, x: Tensor, generator: Generator | None, readout: nn.Linear | None = None
+    ) -> Tensor | None:
+        """The rates of a training forward, or their readout, with their gradient.
+
+        None where it is not compiled, which the log says.
+
+        Args:
+            readout: a linear layer behind the block; where it is not compiled, the block alone may be.
+        """
         key = (
             *(x.shape, x.dtype, x.device, x.is_contiguous(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")),
             *(block.precision, block.neuron, block.time_steps, block.solver, block.gradient, block.input_has_time),
-            *(bool(block._simulation_hooks), any(GLOBAL_HOOKS), len(block.layers)),
+            *(
+                bool(block._simulation_hooks),
+                any(GLOBAL_HOOKS),
+                len(block.layers),
+                None if readout is None else id(readout),
+            ),
         )
-        found = self._plans.get(key)
+        latest = self._latest
+        found = latest[1] if latest is not None and latest[0] == key else self._plans.get(key)
         if found is None or not found[1].is_as_it_was():
-            found = self._plans[key] = self._make(block, x), _Watch(block)
+            found = self._plans[key] = self._make(block, x, readout), _Watch(block, readout)
             if len(self._plans) > MOST_PLANS:
                 self._plans.popitem(last=False)
+        self._latest = key, found
         plan, _ = found
         if isinstance(plan, str):
             return None
@@ -104,14 +123,16 @@ class CompiledSteps:
             require_finite(x)
         return plan.step(x, generator, tuple(block._solve_hooks.values()))
 
-    def _make(self, block: Block, x: Tensor) -> Plan | str:
+    def _make(self, block: Block, x: Tensor, readout: nn.Linear | None) -> Plan | str:
         """The plan, or why there is none."""
+        if readout is not None and not suits(readout):
+            return "the readout is called by itself"
         block.check(x)
         block.population_shapes(tuple(x.shape[2 if block.input_has_time else 1 :]))
-        found = _path_or_reason(block, x)
+        found = _path_or_reason(block, x, readout)
         if found in EVENT_PATHS:
             self._say(logging.INFO, "compile=True: the training step is compiled")
-            return Plan(_parts(block, cast(Path, found)), len(x))
+            return Plan(_parts(block, cast(Path, found), readout), len(x))
         self._say(logging.WARNING, f"compile=True: no effect ({found})")
         return found
 
@@ -124,7 +145,7 @@ class CompiledSteps:
         return CompiledSteps, ()
 
 
-def _path_or_reason(block: Block, x: Tensor) -> str:
+def _path_or_reason(block: Block, x: Tensor, readout: nn.Linear | None) -> str:
     """The path of the simulation where the training step for inputs like x can be compiled, else the reason."""
     stage, feedback = block.input, block.feedback
     if len(block.layers) or stage.operator is None or feedback.operator is None:
@@ -149,7 +170,7 @@ def _path_or_reason(block: Block, x: Tensor) -> str:
         _why_not_constraint(feedback.op)
         or _why_not_batch_norm(stage.bn, len(x))
         or _why_not_hooks(block)
-        or _path_or_reason_of_kernels(block, x)
+        or _path_or_reason_of_kernels(block, x, () if readout is None else readout.parameters())
     )
 
 
@@ -183,15 +204,13 @@ def _why_not_hooks(block: Block) -> str | None:
 
 
 def _hooks(module: nn.Module) -> int:
-    own = module.__dict__
-    forward = len(own["_forward_hooks"]) + len(own["_forward_pre_hooks"])
-    return forward + len(own["_backward_hooks"]) + len(own["_backward_pre_hooks"])
+    return sum(len(module.__dict__[kind]) for kind in HOOKS)
 
 
-def _path_or_reason_of_kernels(block: Block, x: Tensor) -> str:
+def _path_or_reason_of_kernels(block: Block, x: Tensor, besides: Iterable[Tensor]) -> str:
     if block.precision == "float32":
         return "precision=float32 is torch's own operations: take exact or fast"
-    tensors = (x, *block.parameters(), *(t for t in block.buffers() if t.is_floating_point()))
+    tensors = (x, *besides, *block.parameters(), *(t for t in block.buffers() if t.is_floating_point()))
     if any(t.dtype != torch.float32 or t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
         return "it is for contiguous float32 on a CPU"
     shape = block.input.output_shape(tuple(x.shape[1:]))
@@ -201,17 +220,23 @@ def _path_or_reason_of_kernels(block: Block, x: Tensor) -> str:
     path = block.path_for((FixedConnection(block.feedback, operator, weight, bias, None, shape, shape),), x.device)
     if path not in EVENT_PATHS:
         return "the products are dense"
-    reasons = (native.why_unavailable(name) for name in ("spectral", "features", "sequence"))
+    reasons = (native.why_unavailable(name) for name in ("spectral", "features", "sequence", "readout"))
     return next(filter(None, reasons), path)
 
 
 class _Watch:
     """What a plan depends on, to be compared before every step: quickly, so by torch's own containers."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, readout: nn.Linear | None) -> None:
         self._owners: list[tuple[dict[str, Any], str, Any]] = []  # who is where
         self._modules: list[nn.Module] = []
         self._look_at(block._modules, ("input", "feedback"))
+        if readout is not None:
+            self._look_at({"readout": readout}, ("readout",))
+        self._tensors = [what for _, _, what in self._owners if isinstance(what, Tensor)]
+        states = [module.__dict__ for module in self._modules]
+        self._settings = [(own, name) for own in states for name in SETTINGS if name in own or name == "forward"]
+        self._counted = [(own, name) for own in states for name in (*HOOKS, "_modules", "_parameters")]
         self._state, self._addresses = self._now(), self._addresses_now()
 
     def _look_at(self, modules: dict[str, nn.Module | None], names: Iterable[str]) -> None:
@@ -225,25 +250,19 @@ class _Watch:
                 self._look_at(inner._modules, inner._modules)
 
     def is_as_it_was(self) -> bool:
-        return (
-            all(owner.get(name) is what for owner, name, what in self._owners)
-            and self._state == self._now()
-            and self._addresses == self._addresses_now()
-        )
+        for owner, name, what in self._owners:
+            if owner.get(name) is not what:
+                return False
+        return self._state == self._now() and self._addresses == self._addresses_now()
 
     def _now(self) -> list[Any]:
-        state: list[Any] = []
-        for module in self._modules:
-            own = module.__dict__
-            state += (own["training"], _hooks(module), "forward" in own, len(own["_modules"]), len(own["_parameters"]))
-            state += [own.get(name) for name in SETTINGS]
-        return state
+        return [own.get(name) for own, name in self._settings] + [len(own[name]) for own, name in self._counted]
 
     def _addresses_now(self) -> list[Any]:
-        return [(what.data_ptr(), what.stride()) for _, _, what in self._owners if isinstance(what, Tensor)]
+        return [(tensor.data_ptr(), tensor.stride()) for tensor in self._tensors]
 
 
-def _parts(block: Block, path: Path) -> Parts:
+def _parts(block: Block, path: Path, readout: nn.Linear | None) -> Parts:
     stage, feedback = block.input, block.feedback
     return Parts(
         w_in=cast(Tensor, stage.op.weight),
@@ -259,4 +278,5 @@ def _parts(block: Block, path: Path) -> Parts:
         solver=cast(Gmres, block.solver),
         path=path,
         in_integers=block.takes_integers(path),
+        readout=readout,
     )

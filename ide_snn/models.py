@@ -141,6 +141,9 @@ class FeedbackClassifier(nn.Module):
             expected = ["T", "B", *self.input_shape][2 - lead :]
             raise ValueError(f"input must have shape {expected}, got {list(x.shape)}")
         x = x.reshape(*x.shape[:lead], *self._block_input_shape())
+        logits = self.block.read_out(self.classifier, x, generator)
+        if logits is not None:
+            return logits
         y = self.block(x, generator=generator)
         gradient = self.block.gradient
         if not (isinstance(gradient, Bptt) and gradient.output == "spikes"):

@@ -10,6 +10,8 @@ products that torch computes:
     Xbar = g_in BN(y + b_in), the simulation's rates a,
     slope = g_fb sigma'(z) / V_th, through = sigma'(z) / V_th                            1 call
         at z = (g_fb (W_fb a + b_fb) + Xbar) / V_th
+    logits = W_out a + b_out, where a linear layer reads the rates                       in that call
+    dL/da = W_out^T dL/dlogits, dL/dW_out, dL/db_out                                     in the next
     (I - J^T) v = dL/da, J = slope W_fb                                                  1 call
     d = slope v, e = through g_in v, dL/dy from e by BN's derivative,
     dL/dW_fb = d^T a, and from it dL/dW and dL/dalpha                                    1 call
@@ -45,6 +47,7 @@ from ide_snn.neurons import NeuronParams
 from ide_snn.operators import Operator
 from ide_snn.optimizations import SpectralMatrix
 from ide_snn.products import product_stage
+from ide_snn.readout import Readout
 from ide_snn.simulation import Path
 from ide_snn.solvers import Gmres, LinearProblem, Solution, solve
 from ide_snn.solvers.vectors import PreparedGmres
@@ -86,12 +89,15 @@ class Parts:
     solver: Gmres
     path: Path
     in_integers: bool  # products of the input stage, see `ide_snn.integers`
+    readout: nn.Linear | None  # of the rates
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
-        bn, constraint = self.bn, self.constraint
+        bn, constraint, readout = self.bn, self.constraint, self.readout
         of_bn = (None, None) if bn is None else (bn.weight, bn.bias)
-        return self.w_in, self.b_in, *of_bn, self.w, None if constraint is None else constraint.alpha, self.b
+        of_readout = (None, None) if readout is None else (readout.weight, readout.bias)
+        alpha = None if constraint is None else constraint.alpha
+        return self.w_in, self.b_in, *of_bn, self.w, alpha, self.b, *of_readout
 
 
 class Plan:
@@ -102,11 +108,11 @@ class Plan:
         self.free: list[_Slot] = []
 
     def step(self, x: Tensor, generator: Generator | None, hooks: tuple[SolveHook, ...]) -> Tensor:
-        """The rates of inputs x [B, inputs], with their gradient."""
+        """The rates of inputs x [B, inputs], or what the readout makes of them, with their gradient."""
         lease = _Lease(self, self.take())
         lease.slot.draw(x, generator)
-        rates: Tensor = _Step.apply(lease, hooks, x, *self.parts.parameters)
-        return rates
+        value: Tensor = _Step.apply(lease, hooks, x, *self.parts.parameters)
+        return value
 
     def take(self) -> _Slot:
         try:
@@ -143,7 +149,7 @@ class _Slot:
         self.parts = parts
         # their memory stays while kernels have its address, whatever becomes of the parameters
         self.values = tuple(None if p is None else p.detach() for p in parts.parameters)
-        w_in, *_, raw, _, b = self.values
+        w_in, _, _, _, raw, _, b, w_out, b_out = self.values
         assert w_in is not None  # the two weights are always there
         assert raw is not None
         self._w_in = w_in
@@ -156,6 +162,7 @@ class _Slot:
         self.mean, self.scale = w_in.new_empty(features), w_in.new_empty(features)
         self.gains = [vector() if dropout.drops else None for dropout in parts.dropouts]
         self.through = self.slope if self.gains[1] is None else vector()
+        self.readout = None if w_out is None else Readout(self.rates, w_out, b_out)
         # transposed, as products take it
         self.to_response, self.to_y_turned = (w_in.new_empty(features, batch) for _ in range(2))
         weighing = self._lay_out_weight(raw)
@@ -196,6 +203,7 @@ class _Slot:
             simulation,
             rate_stage(states, total, self.rates),
             fire_stage(response, of_feedback, self.drive, self.slope, self.through, neuron.v_threshold),
+            *([] if self.readout is None else [self.readout.forth]),
         ]
         self.response = None  # of the input stage, in whole numbers
         if self.parts.in_integers:
@@ -220,7 +228,8 @@ class _Slot:
         self.factors = (dense.adjoint_factor(self.slope),)
         self.terms, dimensions = solver.terms(torch.float32), min(solver.restart, solver.max_steps)
         self.gmres = PreparedGmres(self.factors, batch, features, self.terms, dimensions, own_memory=True)
-        self.third = Stages([dense.packing, self.gmres.stage])
+        of_readout = () if self.readout is None else self.readout.back
+        self.second, self.third = Stages(of_readout), Stages([*of_readout, dense.packing, self.gmres.stage])
         tensors = (None, self.slope, self.through, self.y, self.gains[0], gamma, self.mean, self.scale)
         results = (self.to_response, self.to_y, self.to_y_turned)
         self.back = _Backward(batch, features, 0, *map(_pointer, (*tensors, *results)))
@@ -243,8 +252,11 @@ class _Slot:
                 stage.work.key = int(key)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The rates of inputs x [B, inputs]."""
-        bn, constraint = self.parts.bn, self.parts.constraint
+        """The rates of inputs x [B, inputs], or the readout's logits."""
+        bn, constraint, logits = self.parts.bn, self.parts.constraint, None
+        if self.readout is not None:
+            logits = self.rates.new_empty(len(self.rates), self.readout.outputs)
+            self.readout.take(logits)
         if self.response is not None:
             self.response.take(x, self._w_in, self.y)
         self.forth[0].run()
@@ -257,10 +269,24 @@ class _Slot:
             stages.run()
         if bn is not None and bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
-        return self.rates.clone()  # the user's, who may change it
+        return self.rates.clone() if logits is None else logits  # the user's, who may change it
+
+    def to_rates(self, cotangent: Tensor, only: bool) -> tuple[Tensor, list[Tensor | None]]:
+        """The cotangent g of the rates from that of the value, and those of the readout's weight and bias.
+
+        Args:
+            only: these alone are wanted; otherwise `solve` computes all of them.
+        """
+        if self.readout is None:
+            return cotangent, [None, None]
+        to_readout = [None if p is None else torch.empty_like(p) for p in self.values[-2:]]
+        self.readout.pull(cotangent, cast(Tensor, to_readout[0]), to_readout[1])
+        if only:
+            self.second.run()
+        return self.readout.to_rates, to_readout
 
     def solve(self, g: Tensor) -> Solution:
-        """v with (I - J^T) v = g."""
+        """v with (I - J^T) v = g for the g of `to_rates`."""
         self.gmres.take(g)
         self.third.run()
         run = self.gmres.result()
@@ -270,8 +296,8 @@ class _Slot:
         return solve(problem, self.parts.solver)
 
     def backward(self, v: Tensor, x: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
-        """Cotangents of x and the parameters from the solution v."""
-        _, b_in, gamma, beta, _, alpha, b = self.values
+        """Cotangents of x and the block's parameters from the solution v."""
+        _, b_in, gamma, beta, _, alpha, b, *_ = self.values
         vectors = [None if p is None else torch.empty_like(p) for p in (gamma, beta, b_in, b)]
         to_raw, to_alpha = torch.empty_like(self.weight), None
         self.back.v = v.data_ptr()
@@ -302,8 +328,8 @@ class _Step(torch.autograd.Function):
         ctx.lease, ctx.hooks = lease, hooks
         # what the backward pass reads is saved for autograd to see that it is still that of the forward
         to_x, to_w_in, *_ = ctx.needs_input_grad[2:]
-        w_in, _, gamma, _, raw, alpha, _ = parameters
-        ctx.save_for_backward(x if to_w_in else None, w_in if to_x else None, gamma, raw, alpha)
+        w_in, _, gamma, _, raw, alpha, _, w_out, _ = parameters
+        ctx.save_for_backward(x if to_w_in else None, w_in if to_x else None, gamma, raw, alpha, w_out)
         return lease.slot.forward(x)
 
     @staticmethod
@@ -311,9 +337,14 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         x, *_ = ctx.saved_tensors
         slot, needed = ctx.lease.slot, ctx.needs_input_grad[2:]
-        solution = slot.solve(cotangent.contiguous())
-        report(solution, slot.parts.solver, ctx.hooks)
-        gradients = slot.backward(solution.value, x, needed)
+        to_block, cotangent = any(needed[:-2]), cotangent.contiguous()
+        g, gradients = slot.to_rates(cotangent, only=not to_block)
+        if to_block:
+            solution = slot.solve(g)
+            report(solution, slot.parts.solver, ctx.hooks)
+            gradients = slot.backward(solution.value, x, needed) + gradients
+        else:
+            gradients = [None] * (len(needed) - 2) + gradients
         return None, None, *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
 
 

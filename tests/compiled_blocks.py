@@ -51,8 +51,8 @@ def step(net: FeedbackSNN, x: Tensor, seed: int = 0) -> tuple[Tensor, dict[str, 
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], precision: str = "exact") -> None:
-    # the last bit of a factor may decide which of two whole numbers it becomes
-    rounding = 2e-4 if precision == "fast" else 2e-5
+    # whole numbers move both factors by up to 1.2e-4, and the last bit of one may decide which it becomes
+    rounding = 5e-4 if precision == "fast" else 2e-5
     assert found.keys() == expected.keys()
     largest = max(float(tensor.abs().max()) for tensor in expected.values())
     for name, tensor in expected.items():

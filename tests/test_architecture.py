@@ -44,6 +44,8 @@ LAYERS = [
     "chain",
     "bptt",
     "implicit",
+    "paths",
+    "readout",
     "prepared_step",
     "compiled",
     "block",

@@ -165,30 +165,31 @@ class PreparedGmres:
         links = (_Factor * len(factors))(
             *[_Factor(native.address(f.library, f.kernel), ctypes.addressof(f.work), f.size) for f in factors]
         )
+        length, used = np.empty(groups), np.empty(groups, dtype=np.int64)  # the kernel's own
         work = _Solve(
             *(groups, n, together, m, terms.passes, ctypes.addressof(links), len(factors)),
-            *((None,) * 8),
+            *((None,) * 6),
+            *(length.ctypes.data, used.ctypes.data),
             *(terms.enough, terms.noise, memory.data_ptr(), room),
         )
-        self.stage = native.Stage("krylov", "gmres", work, 16 * groups * n, (factors, links, memory))
+        self.stage = native.Stage("krylov", "gmres", work, 16 * groups * n, (factors, links, memory, length, used))
         self._work = work
 
     def take(self, b: Tensor, start: Tensor | None = None, rhs: Array | None = None) -> None:
         """What `gmres` is given, for the next run."""
-        work, groups = self._work, self._work.groups
+        work = self._work
         y, residual = torch.empty_like(b), torch.empty_like(b)
-        norms, used = np.empty((2, groups)), np.empty(groups, dtype=np.int64)
-        at = norms.ctypes.data
+        norm = b.new_empty(work.groups, dtype=torch.float64)
         work.b, work.y, work.residual = b.data_ptr(), y.data_ptr(), residual.data_ptr()
         work.start, work.rhs = (None if start is None else start.data_ptr()), (None if rhs is None else rhs.ctypes.data)
-        work.norm, work.length, work.dimensions = at, at + 8 * groups, used.ctypes.data
-        self._now = y, residual, norms, (b, start, rhs, used)
+        work.norm = norm.data_ptr()
+        self._now = y, residual, norm, (b, start, rhs)
 
     def result(self) -> Run:
-        y, residual, norms, _ = self._now
+        y, residual, norm, _ = self._now
         work = self._work
         mean = work.total / max(work.groups, 1)
-        return Run(y, residual, norms[0], work.worst, work.longest, int(work.most), mean)
+        return Run(y, residual, norm.numpy(), work.worst, work.longest, int(work.most), mean)
 
 
 def lines(size: int) -> int:

@@ -1,0 +1,86 @@
+"""How a forward is computed: the best path that precision, gradient, connections and the machine allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ide_snn import event_driven, integers
+from ide_snn.bptt import Bptt
+from ide_snn.implicit import Gradient, Implicit
+from ide_snn.kernels import available
+from ide_snn.layers import Connection, FixedConnection
+from ide_snn.precision import Precision, rounds_convolutions, why_no_tf32
+from ide_snn.simulation import EVENT_PATHS, Path
+
+PATHS = {  # as the log says them
+    "dense": "dense",
+    "events": "event-driven float32",
+    "events16": "event-driven, 16-bit weights",
+    "fused": "dense products, fused neuron kernel",
+    "fused_tf32": "dense products in TF32, fused neuron kernel",
+}
+
+
+@dataclass(frozen=True)
+class PathChoice:
+    """What of a block decides for precision exact and fast.
+
+    Args:
+        precision, gradient, input_has_time: of the block.
+        input: its input stage.
+    """
+
+    precision: Precision
+    gradient: Gradient | Bptt
+    input: Connection
+    input_has_time: bool
+
+    def of(self, links: Sequence[FixedConnection], device: torch.device) -> tuple[Path, str | None, str]:
+        """(path of a forward over `links`, why it is not the one that was asked for, what the log is to say)."""
+        path, reason = self._best(links, device)
+        said = ", ".join([PATHS[path], *self._rounded_besides(path, links, device)])
+        return path, reason, f"precision={self.precision}: {said}" + (f" ({reason})" if reason else "")
+
+    def takes_integers(self, path: Path) -> bool:
+        """True where the input stage's products are those of `ide_snn.integers`, if the forward takes this path."""
+        return self._could_take_integers(path) and integers.why_unavailable() is None
+
+    def _could_take_integers(self, path: Path) -> bool:
+        by_precision = self.precision == "fast" and path in EVENT_PATHS
+        return by_precision and not self.input_has_time and integers.suits(self.input.operator)
+
+    def _rounded_besides(self, path: Path, links: Sequence[FixedConnection], device: torch.device) -> Iterator[str]:
+        """What `fast` may round beside the simulation, and whether it does on this machine."""
+        if self.precision != "fast" or path not in EVENT_PATHS:
+            return
+        if self._could_take_integers(path):
+            reason = integers.why_unavailable()
+            yield f"input stage in {'whole numbers' if reason is None else f'float32: {reason}'}"
+        # elsewhere f's own graph is differentiated, in float32
+        by_events = isinstance(self.gradient, Implicit) and (
+            self.gradient.jacobian_bn == "running" or not any(link.connection.uses_batch_statistics for link in links)
+        )
+        if by_events and any(link.operator is not None and link.operator.suits_onednn for link in links):
+            yield f"dense convolutions in {'bfloat16' if rounds_convolutions(self.precision, device) else 'float32'}"
+
+    def _best(self, links: Sequence[FixedConnection], device: torch.device) -> tuple[Path, str | None]:
+        if torch.is_autocast_enabled(device.type):
+            return "dense", "autocast is on"
+        if device.type == "cuda":
+            kernel = available(device)
+            if kernel.backend != "triton":
+                return "dense", kernel.reason
+            reason = None if self.precision == "exact" else why_no_tf32(device)
+            return ("fused" if self.precision == "exact" or reason else "fused_tf32"), reason
+        maps = [link.frozen for link in links]
+        of_input = (p.dtype for p in self.input.parameters() if p.is_floating_point() and p.dtype != torch.float32)
+        reason = next((f"the input stage is {dtype}" for dtype in of_input), None) or event_driven.why_not(maps)
+        if reason is not None:
+            return "dense", reason
+        if self.precision == "exact":
+            return "events", None
+        reason = event_driven.why_not_in_levels(maps)
+        return ("events16", None) if reason is None else ("events", reason)
