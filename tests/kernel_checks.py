@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ide_snn import NeuronParams
 from ide_snn.kernels import apply_slope, available, in_layout_of, masked_update_, neuron_step_, residual
+from ide_snn.kernels.krylov import arnoldi_step_, combine, least_squares
 from ide_snn.kernels.triton_kernels import BLOCK, INTERPRETED
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -209,3 +210,60 @@ def test_in_layout_of_makes_a_current_fit() -> None:
         twins.append(state)
     identical(*twins)
     assert in_layout_of(u, u) is u
+
+
+def krylov(backend: Any, matrices: Tensor, b: Tensor, bound: float, *, m: int, passes: int) -> dict[str, Tensor]:
+    """A run of m dimensions of GMRES for v = b + A v, one matrix A per group: what the kernels write."""
+    groups, n = b.shape
+    noise = 10 * torch.finfo(b.dtype).eps
+    basis, columns = b.new_full((m + 1, groups, n), 7.0), b.new_zeros(m, m + 1, groups)
+    beta = b.norm(dim=1)
+    basis[0] = torch.where(beta > 0, 1 / beta, 0.0)[:, None] * b
+    for k in range(m):
+        image = torch.einsum("gij,gj->gi", matrices, basis[k]).contiguous()
+        arnoldi_step_(basis, image, columns, k, passes=passes, noise=noise, backend=backend)
+    solution, remainder, verdict = least_squares(columns, beta, bound * beta, noise=noise, backend=backend)
+    y, r, norms = combine(basis, solution, remainder, verdict, backend=backend)
+    names = ("basis", "columns", "solution", "remainder", "verdict", "y", "r", "norms")
+    return dict(zip(names, (basis, columns, solution, remainder, verdict, y, r, norms), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(
+    ("groups", "n", "m", "bound"), [(5, 37, 4, 1e-2), (1, 5000, 3, 1e-9), (9, 6, 8, 1e-3), (3, 1, 2, 1e-3)]
+)
+def test_krylov(dtype, passes, groups, n, m, bound) -> None:
+    torch.manual_seed(2)
+    matrices = (torch.randn(groups, n, n, dtype=torch.float64) * 0.4 / n**0.5).to(dtype).to(DEVICE)
+    b = draw((groups, n), False, dtype=dtype)
+    expected, found = (krylov(backend, matrices, b, bound, m=m, passes=passes) for backend in ("torch", "triton"))
+    tolerance = 1e3 * torch.finfo(dtype).eps
+    for name in ("y", "r", "verdict"):
+        torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
+    if n > m:  # the space is not exhausted, where rounding decides
+        for name, x in expected.items():
+            torch.testing.assert_close(found[name], x, rtol=tolerance, atol=tolerance, msg=name)
+    y = found["y"]
+    left = b + torch.einsum("gij,gj->gi", matrices, y) - y
+    torch.testing.assert_close(found["r"], left, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        found["norms"], torch.stack([left.norm(dim=1), y.norm(dim=1)]), rtol=1e-3, atol=tolerance
+    )
+    used, is_open = found["verdict"].tolist()
+    assert bool((left.norm(dim=1) <= 1.01 * bound * b.norm(dim=1)).all()) == (is_open == 0)
+    assert 1 <= used <= m
+
+
+def test_krylov_of_groups_that_are_zero_or_nan_leaves_the_others() -> None:
+    torch.manual_seed(3)
+    matrices, b = torch.randn(4, 30, 30).to(DEVICE) * 0.05, draw((4, 30), False)
+    b[1], b[2, 3] = 0, float("nan")
+    alone = krylov("triton", matrices[[0, 3]], b[[0, 3]], 1e-4, m=5, passes=1)
+    for backend in ("torch", "triton"):
+        found = krylov(backend, matrices, b, 1e-4, m=5, passes=1)
+        assert found["verdict"].tolist() == alone["verdict"].tolist()
+        assert found["y"][1].tolist() == [0.0] * 30
+        assert bool(found["norms"][0, 2].isnan())
+        for name in ("y", "r"):
+            torch.testing.assert_close(found[name][[0, 3]], alone[name], rtol=1e-4, atol=1e-5)

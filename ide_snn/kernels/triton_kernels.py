@@ -104,6 +104,192 @@ def masked_update(y_ptr, r_ptr, active_ptr, n, blocks, STEP: tl.constexpr, BLOCK
     tl.store(y_ptr + at, y + r, mask=inside)
 
 
+@triton.jit
+def arnoldi(
+    basis_ptr,
+    newest_ptr,
+    image_ptr,
+    target_ptr,
+    column_ptr,
+    n,
+    groups,
+    plane,
+    k,
+    NOISE: tl.constexpr,
+    PASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """See `ide_snn.kernels.krylov.arnoldi_step_`; program g has row g of n elements.
+
+    A barrier stands between what some threads of a program have written and others read.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    row = group * n
+    before = tl.zeros([BLOCK], target_ptr.dtype.element_ty)
+    for start in range(0, n, BLOCK):
+        at = row + start + lanes
+        inside = start + lanes < n
+        image = tl.load(image_ptr + at, mask=inside, other=0)
+        w = tl.load(newest_ptr + at, mask=inside, other=0) - image.to(before.dtype)
+        before += w * w
+        tl.store(target_ptr + at, w, mask=inside)
+    tl.debug_barrier()
+    for _ in tl.static_range(PASSES):
+        q_ptr = basis_ptr + row
+        h_ptr = column_ptr + group
+        for _i in range(k + 1):
+            product = tl.zeros([BLOCK], before.dtype)
+            for start in range(0, n, BLOCK):
+                inside = start + lanes < n
+                w = tl.load(target_ptr + row + start + lanes, mask=inside, other=0)
+                product += w * tl.load(q_ptr + start + lanes, mask=inside, other=0)
+            h = tl.sum(product)
+            so_far = tl.load(h_ptr)
+            tl.debug_barrier()
+            tl.store(h_ptr, so_far + h)
+            for start in range(0, n, BLOCK):
+                inside = start + lanes < n
+                w = tl.load(target_ptr + row + start + lanes, mask=inside, other=0)
+                w -= h * tl.load(q_ptr + start + lanes, mask=inside, other=0)
+                tl.store(target_ptr + row + start + lanes, w, mask=inside)
+            tl.debug_barrier()
+            q_ptr += plane
+            h_ptr += groups
+    after = tl.zeros([BLOCK], before.dtype)
+    for start in range(0, n, BLOCK):
+        w = tl.load(target_ptr + row + start + lanes, mask=start + lanes < n, other=0)
+        after += w * w
+    length = tl.sqrt(tl.sum(after))
+    length = tl.where(length <= NOISE * tl.sqrt(tl.sum(before)), 0.0, length)
+    unit = tl.where(length > 0, 1.0 / tl.where(length > 0, length, 1.0), 0.0)
+    for start in range(0, n, BLOCK):
+        inside = start + lanes < n
+        w = tl.load(target_ptr + row + start + lanes, mask=inside, other=0)
+        tl.store(target_ptr + row + start + lanes, w * unit, mask=inside)
+    tl.store(column_ptr + group + (k + 1) * groups, length)
+
+
+@triton.jit
+def rotate(
+    columns_ptr, beta_ptr, bound_ptr, factor_ptr, turns_ptr, right_ptr, dimensions, groups, lanes, NOISE: tl.constexpr
+):
+    """(dimensions that are taken, 1 where more are needed) and the triangular factor, by Givens rotations."""
+    inside = lanes < groups
+    last = tl.load(beta_ptr + lanes, mask=inside, other=0).to(tl.float64)
+    bound = tl.load(bound_ptr + lanes, mask=inside, other=0).to(tl.float64)
+    taking = 1
+    used = 0
+    for k in range(dimensions):
+        column = columns_ptr + k * (dimensions + 1) * groups + lanes
+        upper = tl.load(column, mask=inside, other=0).to(tl.float64)
+        size = upper * upper
+        for i in range(k):
+            lower = tl.load(column + (i + 1) * groups, mask=inside, other=0).to(tl.float64)
+            size += lower * lower
+            cos = tl.load(turns_ptr + i * groups + lanes, mask=inside, other=1)
+            sin = tl.load(turns_ptr + (dimensions + i) * groups + lanes, mask=inside, other=0)
+            tl.store(factor_ptr + (i * dimensions + k) * groups + lanes, cos * upper + sin * lower, mask=inside)
+            upper = cos * lower - sin * upper
+        lower = tl.load(column + (k + 1) * groups, mask=inside, other=0).to(tl.float64)
+        size += lower * lower
+        radius = tl.sqrt(upper * upper + lower * lower)
+        useless = radius <= NOISE * tl.sqrt(size)
+        cos = tl.where(useless, 0.0, upper / tl.where(useless, 1.0, radius))
+        sin = tl.where(useless, 1.0, lower / tl.where(useless, 1.0, radius))
+        tl.store(factor_ptr + (k * dimensions + k) * groups + lanes, tl.where(useless, 0.0, radius), mask=inside)
+        tl.store(turns_ptr + k * groups + lanes, cos, mask=inside)
+        tl.store(turns_ptr + (dimensions + k) * groups + lanes, sin, mask=inside)
+        # of dimensions that are not taken the coefficients become 0
+        tl.store(right_ptr + k * groups + lanes, tl.where(taking > 0, cos * last, 0.0), mask=inside)
+        last = -sin * last
+        is_open = inside & (tl.abs(last) > bound) & (tl.abs(last) < float("inf"))
+        used += taking
+        taking = taking * tl.max(is_open.to(tl.int32))
+        tl.debug_barrier()
+    return used, taking
+
+
+@triton.jit
+def least_squares(
+    columns_ptr,
+    beta_ptr,
+    bound_ptr,
+    factor_ptr,
+    turns_ptr,
+    right_ptr,
+    solution_ptr,
+    remainder_ptr,
+    verdict_ptr,
+    dimensions,
+    groups,
+    NOISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """See `ide_snn.kernels.krylov.least_squares`; one program with a lane per group, float64.
+
+    factor [m, m, G], turns [2, m, G] and right [m, G] are scratch memory, the last of the coefficients in the end.
+    """
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < groups
+    used, taking = rotate(
+        columns_ptr, beta_ptr, bound_ptr, factor_ptr, turns_ptr, right_ptr, dimensions, groups, lanes, NOISE
+    )
+    for back in range(dimensions):
+        i = dimensions - 1 - back
+        rest = tl.load(right_ptr + i * groups + lanes, mask=inside, other=0)
+        for j in range(i + 1, used):
+            known = tl.load(right_ptr + j * groups + lanes, mask=inside, other=0)
+            rest -= known * tl.load(factor_ptr + (i * dimensions + j) * groups + lanes, mask=inside, other=0)
+        pivot = tl.load(factor_ptr + (i * dimensions + i) * groups + lanes, mask=inside, other=0)
+        has_part = (pivot != 0) & (i < used)
+        c = tl.where(has_part, rest / tl.where(has_part, pivot, 1.0), 0.0)
+        tl.debug_barrier()
+        tl.store(right_ptr + i * groups + lanes, c, mask=inside)
+        tl.store(solution_ptr + i * groups + lanes, c.to(solution_ptr.dtype.element_ty), mask=inside)
+        tl.debug_barrier()
+    beta = tl.load(beta_ptr + lanes, mask=inside, other=0).to(tl.float64)
+    for i in range(dimensions + 1):
+        rest = tl.where(i == 0, beta, 0.0)
+        for k in range(used):
+            entry = tl.load(columns_ptr + (k * (dimensions + 1) + i) * groups + lanes, mask=inside, other=0)
+            rest -= entry.to(tl.float64) * tl.load(right_ptr + k * groups + lanes, mask=inside, other=0)
+        rest = tl.where(i <= used, rest, 0.0)
+        tl.store(remainder_ptr + i * groups + lanes, rest.to(remainder_ptr.dtype.element_ty), mask=inside)
+    tl.store(verdict_ptr, used)
+    tl.store(verdict_ptr + 1, taking)
+
+
+@triton.jit
+def combine(
+    basis_ptr, solution_ptr, remainder_ptr, verdict_ptr, y_ptr, r_ptr, norms_ptr, n, groups, plane, BLOCK: tl.constexpr
+):
+    """See `ide_snn.kernels.krylov.combine`; program g has row g of n elements."""
+    group = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    used = tl.load(verdict_ptr)
+    of_r = tl.zeros([BLOCK], y_ptr.dtype.element_ty)
+    of_y = tl.zeros([BLOCK], of_r.dtype)
+    for start in range(0, n, BLOCK):
+        inside = start + lanes < n
+        at = group * n + start + lanes
+        y = tl.zeros([BLOCK], of_r.dtype)
+        r = tl.zeros([BLOCK], of_r.dtype)
+        q_ptr = basis_ptr + at
+        for i in range(used):
+            q = tl.load(q_ptr, mask=inside, other=0)
+            y += tl.load(solution_ptr + i * groups + group) * q
+            r += tl.load(remainder_ptr + i * groups + group) * q
+            q_ptr += plane
+        r += tl.load(remainder_ptr + used * groups + group) * tl.load(q_ptr, mask=inside, other=0)
+        tl.store(y_ptr + at, y, mask=inside)
+        tl.store(r_ptr + at, r, mask=inside)
+        of_y += y * y
+        of_r += r * r
+    tl.store(norms_ptr + group, tl.sqrt(tl.sum(of_r)))
+    tl.store(norms_ptr + groups + group, tl.sqrt(tl.sum(of_y)))
+
+
 # With TRITON_INTERPRET=1 in the environment the decorator above makes functions that run in numpy.
 INTERPRETED = not isinstance(neuron_step, triton.JITFunction)
 
@@ -117,4 +303,4 @@ def launch(kernel, programs: int, like: torch.Tensor, *operands, **constants) ->
     """Runs `programs` programs of the kernel on the device and current stream of `like`."""
     if programs > 0:
         with torch.cuda.device_of(like):
-            kernel[(programs,)](*operands, **constants, BLOCK=BLOCK, **OPTIONS)
+            kernel[(programs,)](*operands, **{"BLOCK": BLOCK, **OPTIONS, **constants})

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ide_snn.kernels.krylov import normalise_, orthogonalised
 from ide_snn.solvers.base import Advance, Workspace, check_settings, require_count
 from ide_snn.solvers.problems import FixedPointProblem, LinearProblem, Rough
 from ide_snn.solvers.vectors import Run, Terms, gmres, largest, relative
@@ -134,25 +135,13 @@ class _Krylov:
     """
 
     def __init__(self, r: Tensor, dimensions: int, passes: int, noise: float) -> None:
-        basis, beta = _normalise_(r.clone())
+        basis, beta = normalise_(r.clone())
         self.vectors, self.passes, self.noise = [basis], passes, noise
         self.problem = _LeastSquares(beta.double().cpu().numpy(), dimensions, noise)
 
     def extend(self, image: Tensor) -> Array:
-        """Takes A q_k of the last basis vector q_k; returns the residual norm [G] that is left.
-
-        By modified Gram-Schmidt on (1 - A) q_k.
-        """
-        w = self.vectors[-1] - image
-        column = torch.zeros(len(self.vectors) + 1, w.shape[0], dtype=w.dtype, device=w.device)
-        before = w.norm(dim=1)
-        for _ in range(self.passes):
-            for i, q in enumerate(self.vectors):
-                h = (q * w).sum(dim=1)
-                w.addcmul_(q, h[:, None], value=-1)
-                column[i] += h
-        cancelled = w.norm(dim=1) <= self.noise * before
-        vector, column[-1] = _normalise_(w.masked_fill_(cancelled[:, None], 0))
+        """Takes A q_k of the last basis vector q_k; returns the residual norm [G] that is left."""
+        vector, column = orthogonalised(self.vectors[-1] - image, self.vectors, self.passes, self.noise)
         self.vectors.append(vector)
         return self.problem.append(column.double().cpu().numpy())
 
@@ -173,12 +162,6 @@ class _Krylov:
             r.addcmul_(of_r, q)
         norm, length = torch.stack([r.norm(dim=1), y.norm(dim=1)]).double().cpu().numpy()
         return y, r, norm, length
-
-
-def _normalise_(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns w into w / ||w||; returns it and ||w|| per group. A zero row (the space is exhausted) stays zero."""
-    length = w.norm(dim=1)
-    return w.mul_(torch.where(length > 0, length.reciprocal(), 0.0)[:, None]), length
 
 
 class _LeastSquares:
