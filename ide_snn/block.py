@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from ide_snn.bptt import Bptt, Frames, through_time
 from ide_snn.compiled import CompiledSteps
 from ide_snn.equilibrium import EquilibriumMap
 from ide_snn.graphed_simulation import GraphedSimulations
+from ide_snn.graphed_solve import GraphedSolves
 from ide_snn.implicit import GRADIENTS, Gradient, Implicit, SolveHook, attach_gradient
 from ide_snn.layers import Apply, Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, require_finite, step_, time_average
@@ -46,7 +48,8 @@ class FeedbackSNN(nn.Module):
         solver: for the implicit linear system.
         gradient: `Implicit`, `Unrolled` or `Bptt`.
         input_has_time: inputs are [T, B, *] (spikes, frames) instead of a constant [B, *].
-        check_input: refuse NaN and infinity in the input; costs one synchronisation per forward on a GPU.
+        check_input: refuse NaN and infinity in the input. None: on a CPU; elsewhere it would cost a synchronisation per
+            forward, and a sample with NaN gets rates that are NaN.
         precision: how the simulation and the products of J are computed, see `ide_snn.precision`.
         compile: prepare the training step once and then run it by a few calls, where that can be done
             (`ide_snn.compiled`); on a GPU the time steps of the simulation (`ide_snn.graphed_simulation`). The log says
@@ -72,7 +75,7 @@ class FeedbackSNN(nn.Module):
         solver: Solver = Gmres(),
         gradient: Gradient | Bptt = Implicit(),
         input_has_time: bool = False,
-        check_input: bool = True,
+        check_input: bool | None = None,
         precision: Precision = "float32",
         compile: bool = False,
     ) -> None:
@@ -92,7 +95,7 @@ class FeedbackSNN(nn.Module):
         self.check_input = check_input
         self.precision: Precision = precision
         self.compile_ = compile
-        self._compiled, self._graphed = CompiledSteps(), GraphedSimulations()
+        self._compiled, self._graphed, self._solves = CompiledSteps(), GraphedSimulations(), GraphedSolves()
         self._path_said: str | None = None
         self._solve_hooks: OrderedDict[int, SolveHook] = OrderedDict()
         self._simulation_hooks: OrderedDict[int, SimulationHook] = OrderedDict()
@@ -295,7 +298,8 @@ class FeedbackSNN(nn.Module):
             )
         if not self.input_has_time and x.dtype != expected and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"input is {x.dtype} but the parameters are {expected}: convert with x.to({expected})")
-        if self.check_input and x.is_floating_point():
+        is_checked = x.device.type == "cpu" if self.check_input is None else self.check_input
+        if is_checked and x.is_floating_point():
             require_finite(x)
 
 
@@ -352,7 +356,10 @@ class _Moment:
                 return stage(x[t].detach().to(dtype))
 
         frames = Frames(x, mean_input, first) if block.input_has_time else None
-        f = EquilibriumMap(feedback, tuple(layers), drive, block.neuron, path, block.precision)
+        ahead = None
+        if path in FUSED_PATHS:
+            ahead = functools.partial(block._solves.ahead, precision=block.precision, captured=block.compile_)
+        f = EquilibriumMap(feedback, tuple(layers), drive, block.neuron, path, block.precision, ahead)
         return cls(block, f, value, at, shapes, frames)
 
     def simulate(self, record: Record) -> Rates:

@@ -54,7 +54,7 @@ class Block(Protocol):
     solver: Solver
     gradient: Any
     input_has_time: bool
-    check_input: bool
+    check_input: bool | None
     precision: Precision
     _modules: dict[str, nn.Module | None]
     _solve_hooks: OrderedDict[int, SolveHook]
@@ -119,7 +119,7 @@ class CompiledSteps:
         plan, _ = found
         if isinstance(plan, str):
             return None
-        if block.check_input:
+        if block.check_input is not False:
             require_finite(x)
         return plan.step(x, generator, tuple(block._solve_hooks.values()))
 

@@ -31,6 +31,7 @@ from ide_snn.operators import Operator
 from ide_snn.precision import Precision, rounds_convolutions
 from ide_snn.simulation import EVENT_PATHS, Path
 from ide_snn.solvers import LinearProblem, Rough
+from ide_snn.solvers.ahead import Ahead
 from ide_snn.solvers.vectors import Factor
 
 Products = Literal["auto", "analytic", "autograd"]
@@ -68,6 +69,7 @@ class EquilibriumMap:
         path: how the simulation was computed; with events the analytic products of J with convolutions skip the zeros
             of the slopes, and solves use compiled vector work.
         precision: of float32 products on a GPU, and of gradients, see `ide_snn.precision`.
+        ahead: (J, right-hand side) -> how a solve runs ahead of the host, on a GPU.
     """
 
     feedback: FixedConnection
@@ -76,6 +78,7 @@ class EquilibriumMap:
     neuron: NeuronParams
     path: Path = "dense"
     precision: Precision = "float32"
+    ahead: Callable[[Linearisation, Tensor], Ahead] | None = None
 
     @property
     def chain(self) -> tuple[FixedConnection, ...]:
@@ -234,7 +237,8 @@ class EquilibriumMap:
             rounded = jacobian.rounded() if self.rounds_convolutions else None
             rough = None if rounded is None else Rough(rounded.rmatvec, BFLOAT16_NOISE)
         g = g if factors is None else channels_last(g)  # the order in memory that the kernels read
-        return LinearProblem(jacobian.rmatvec, g, coupled, native, factors, rough)
+        ahead = None if self.ahead is None or coupled else self.ahead(jacobian, g)
+        return LinearProblem(jacobian.rmatvec, g, coupled, native, factors, rough, ahead)
 
     @torch.no_grad()
     def _frozen_activations(self, a: Tensor) -> list[Tensor]:

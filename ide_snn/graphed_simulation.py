@@ -7,30 +7,52 @@ from then on. Drive, weights, biases and gains are copied into the graph's own t
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ide_snn.graphs import GraphedCall
+from ide_snn.graphs import Graphs
 from ide_snn.layers import Affine
 from ide_snn.neurons import NeuronParams
 from ide_snn.simulation import FUSED_PATHS, Map, Path, Rates, Record, simulate
 
 log = logging.getLogger(__name__)
 
-MOST_GRAPHS = 4  # sizes of batches and other settings; each holds memory of its own
+
+@dataclass(frozen=True)
+class Blanks:
+    """Maps without their tensors, which a graph reads from memory of its own."""
+
+    maps: tuple[Affine, ...]
+    present: tuple[tuple[bool, bool], ...]  # bias, gain
+
+    @classmethod
+    def of(cls, maps: Sequence[Affine]) -> tuple[Blanks, list[Tensor]]:
+        """(the maps without tensors, their tensors)."""
+        tensors = [t for link in maps for t in (link.weight, link.bias, link.gain) if t is not None]
+        blanks = tuple(replace(link, weight=None, bias=None, gain=None) for link in maps)  # type: ignore[arg-type]
+        return cls(blanks, tuple((link.bias is not None, link.gain is not None) for link in maps)), tensors
+
+    def filled(self, tensors: Sequence[Tensor]) -> list[Affine]:
+        """The maps with these tensors."""
+        given = iter(tensors)
+        return [
+            replace(
+                blank,
+                weight=next(given),
+                bias=next(given) if has_bias else None,
+                gain=next(given) if has_gain else None,
+            )
+            for blank, (has_bias, has_gain) in zip(self.maps, self.present, strict=True)
+        ]
 
 
 class GraphedSimulations:
-    """The graphs of one block, by what they were captured for; the oldest leaves when there are too many.
-
-    A copy or a pickle starts without any.
-    """
+    """The graphs of one block. A copy or a pickle starts without any."""
 
     def __init__(self) -> None:
-        self._graphs: OrderedDict[tuple[object, ...], GraphedCall[tuple[Tensor, ...]]] = OrderedDict()
+        self.graphs = Graphs("the time steps")
         self._said: str | None = None
 
     def __call__(
@@ -50,24 +72,16 @@ class GraphedSimulations:
         self._say(reason)
         if reason is not None or not isinstance(drive, Tensor):
             return None
-        tensors = [t for link in maps for t in (link.weight, link.bias, link.gain) if t is not None]
-        blanks = tuple(replace(link, weight=None, bias=None, gain=None) for link in maps)  # type: ignore[arg-type]
-        present = tuple((link.bias is not None, link.gain is not None) for link in maps)
+        blanks, tensors = Blanks.of(maps)
         wanted = Record(all_rates=record.all_rates, spike_fraction=record.spike_fraction)
-        settings = (blanks, present, tuple(shapes), neuron, time_steps, wanted, path)
-        key = (*settings, *((t.shape, t.stride(), t.dtype, t.device) for t in (drive, *tensors)))
 
         def steps(drive: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            first, *others = _filled(blanks, present, tensors)
+            first, *others = blanks.filled(tensors)
             rates = simulate(drive, others, first, shapes, neuron, time_steps, wanted, path=path)
             return (rates.last, *rates.all, *rates.spike_fraction)
 
-        if key not in self._graphs:
-            if len(self._graphs) >= MOST_GRAPHS:
-                self._graphs.popitem(last=False)[1].release()
-            self._graphs[key] = GraphedCall(steps, max_graphs=1)
-        # the graph's own memory is overwritten by its next replay
-        last, *others = (result.clone() for result in self._graphs[key](drive, *tensors))
+        purpose = (blanks, tuple(shapes), neuron, time_steps, wanted, path)
+        last, *others = self.graphs(purpose, steps, drive, *tensors)
         count = len(shapes) if wanted.all_rates else 0
         return Rates(last, time_steps, path, all=tuple(others[:count]), spike_fraction=tuple(others[count:]))
 
@@ -92,17 +106,3 @@ def _why_not(drive: object, is_known: bool, record: Record, path: Path) -> str |
     if record.spikes or record.membranes or record.on_step is not None:
         return "single time steps are recorded"
     return None
-
-
-def _filled(blanks: Sequence[Affine], present: Sequence[tuple[bool, bool]], tensors: Sequence[Tensor]) -> list[Affine]:
-    """The maps with these weights, biases and gains."""
-    given = iter(tensors)
-    return [
-        replace(
-            blank,
-            weight=next(given),
-            bias=next(given) if has_bias else None,
-            gain=next(given) if has_gain else None,
-        )
-        for blank, (has_bias, has_gain) in zip(blanks, present, strict=True)
-    ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")  # a tensor, or a tuple of them
 
@@ -117,3 +121,37 @@ class GraphedCall(Generic[Result]):
                     "nor allocate outside torch, see GraphedCall"
                 ) from error
         return _Captured(graph, inputs, outputs)
+
+
+class Graphs:
+    """Functions captured for one purpose each, such as a size of batch; the oldest leaves when there are too many.
+
+    A copy or a pickle starts without any.
+
+    Args:
+        name: of what is captured, for the log.
+        most: graphs to keep; each holds memory of its own.
+    """
+
+    def __init__(self, name: str, most: int = 4) -> None:
+        self.name, self.most = name, most
+        self._held: OrderedDict[tuple[Hashable, ...], GraphedCall[tuple[Tensor, ...]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __call__(
+        self, purpose: Hashable, fn: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """fn(*tensors), captured where the purpose or the kind of tensors is new; `fn` is as `GraphedCall` wants it."""
+        key = (purpose, *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
+        if key not in self._held:
+            if len(self._held) >= self.most:
+                self._held.popitem(last=False)[1].release()
+            log.info("%s: captured as a CUDA graph", self.name)
+            self._held[key] = GraphedCall(fn, max_graphs=1)
+        # the graph's own memory is overwritten by its next replay
+        return tuple(result.clone() for result in self._held[key](*tensors))
+
+    def __reduce__(self) -> tuple[type[Graphs], tuple[str, int]]:
+        return Graphs, (self.name, self.most)

@@ -47,7 +47,7 @@ class NetworkOptions:
         gamma: its bound in units of the threshold, c = gamma V_th.
         batch_norm: batch norm behind the input stage and every connection of the chain (never the feedback).
         input_has_time: inputs are [T, B, C, H, W].
-        check_input: refuse NaN and infinity in the input.
+        check_input: refuse NaN and infinity in the input; None: on a CPU.
         precision: of the simulation and the products of J, see `ide_snn.precision`.
         compile: prepare the training step once, see `ide_snn.compiled`.
         generator: draws the initial weights.
@@ -62,7 +62,7 @@ class NetworkOptions:
     gamma: float = 0.5
     batch_norm: bool = True
     input_has_time: bool = False
-    check_input: bool = True
+    check_input: bool | None = None
     precision: Precision = "float32"
     compile: bool = False
     generator: torch.Generator | None = None

@@ -26,7 +26,7 @@ def small_block(
     gradient=Implicit(),  # noqa: B008
     input_has_time: bool = False,
     precision: str = "float32",
-    check_input: bool = True,
+    check_input: bool | None = None,
 ) -> FeedbackSNN:
     """A feedback block with one (fc, conv), three (multilayer) or two (pooled) populations."""
     options = {"batch_norm": batch_norm, "dropout": dropout}

@@ -41,6 +41,7 @@ LAYERS = [
     "simulation",
     "graphed_simulation",
     "equilibrium",
+    "graphed_solve",
     "chain",
     "bptt",
     "implicit",

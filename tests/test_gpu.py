@@ -83,4 +83,5 @@ def test_compiled_time_steps_are_those_that_are_not(kind: str) -> None:
             optimizer.step()
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert len(graphed._graphed._graphs) == 1
+    assert len(graphed._graphed.graphs) == 1
+    assert len(graphed._solves.graphs) >= 1

@@ -137,22 +137,25 @@ class Method(Protocol):
 AtOnce = Callable[[LinearProblem, Tensor], tuple[Run, bool] | None]
 
 
-class Workspace:
-    """The problem seen as rows [G, N]: views, no copies, for contiguous and channels-last tensors alike."""
+@dataclass(frozen=True)
+class Layout:
+    """Tensors seen as rows [G, N]: views, no copies, for contiguous and channels-last tensors alike."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        start = problem.start
-        self.shape = start.shape
-        self.channels_last = start.dim() == 4 and start.is_contiguous(memory_format=torch.channels_last)
-        self.groups = 1 if problem.coupled else start.shape[0]
-        self.native = isinstance(problem, LinearProblem) and problem.native
+    shape: tuple[int, ...]
+    channels_last: bool
+    groups: int
+
+    @classmethod
+    def of(cls, x: Tensor, *, coupled: bool = False) -> Layout:
+        """That of x [B, *]; a single row where the samples are `coupled`."""
+        is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        return cls(tuple(x.shape), is_last, 1 if coupled else x.shape[0])
 
     def rows(self, x: Tensor) -> Tensor:
+        """x as [G, N]."""
         if self.channels_last:
             x = x.permute(0, 2, 3, 1)
-        x = x.reshape(self.groups, x.numel() // max(self.groups, 1))
-        return x.contiguous() if self.native else x  # kernels see addresses, not strides
+        return x.reshape(self.groups, x.numel() // max(self.groups, 1))
 
     def unrows(self, x: Tensor) -> Tensor:
         """`rows`, undone."""
@@ -160,6 +163,20 @@ class Workspace:
             batch, c, h, w = self.shape
             return x.view(batch, h, w, c).permute(0, 3, 1, 2)
         return x.view(self.shape)
+
+
+class Workspace:
+    """The problem seen as rows [G, N]."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.layout = Layout.of(problem.start, coupled=problem.coupled)
+        self.groups, self.unrows = self.layout.groups, self.layout.unrows
+        self.native = isinstance(problem, LinearProblem) and problem.native
+
+    def rows(self, x: Tensor) -> Tensor:
+        x = self.layout.rows(x)
+        return x.contiguous() if self.native else x  # kernels see addresses, not strides
 
     def image(self, y: Tensor) -> Tensor:
         return self.problem.image(self.unrows(y))
@@ -224,7 +241,8 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
     Raises:
         ValueError: for a y0 of another shape, or a nonlinear problem for gmres.
 
-    One device synchronisation per evaluation: the residuals, which stopping needs.
+    One device synchronisation per evaluation: the residuals, which stopping needs; with `LinearProblem.ahead` one per
+    run of GMRES.
     """
     if y0 is not None and y0.shape != problem.start.shape:
         raise ValueError(f"y0 has the shape {list(y0.shape)}, the problem {list(problem.start.shape)}")
@@ -303,9 +321,9 @@ def _solve(
     steps, products, left_out = 0, 0, 0.0
     first: Callable[[Tensor, int], Advance] | None = getattr(method, "first", None)
     if first is not None and y0 is None:
-        progress.first = relative(work.rhs_norm, work.rhs_norm)
-        trace.append(largest(progress.first))
         now = first(start, solver.max_steps) if begun is None else begun
+        progress.first = relative(work.rhs_norm, work.rhs_norm)  # which the method may have found on its way
+        trace.append(largest(progress.first))
     while True:
         y, steps, products = now.y, steps + now.steps, products + now.products
         left_out += now.left_out

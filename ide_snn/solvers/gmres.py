@@ -89,6 +89,10 @@ class _Restarted:
         work = self.work
         assert isinstance(work.problem, LinearProblem)  # see `Gmres.begin`
         rough = self.settings.rough_of(work.problem)
+        if work.problem.ahead is not None:
+            dimensions = min(self.settings.restart, budget)
+            run, work.rhs_norm = work.problem.ahead.run(work.matvec, b.contiguous(), self.terms, dimensions)
+            return self._advance(run)
         if rough is None:
             return self._run(None, b, budget)
         # so much below tol that a v that is not long has its verdict
@@ -109,6 +113,10 @@ class _Restarted:
             run = _step_by_step(work.matvec, r, self.terms, dimensions, y, work.rhs_norm)
         else:
             run = gmres(work.factors, r, self.terms, dimensions, y, work.rhs_norm)
+        return self._advance(run)
+
+    def _advance(self, run: Run) -> Advance:
+        work = self.work
         residual = (run.residual, run.norm * work.rhs_norm) if self.terms.trust(run) else None
         return Advance(run.y, max(run.most, 1), run.most, run.most - run.mean, residual)
 

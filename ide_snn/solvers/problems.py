@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ide_snn.solvers.ahead import Ahead
 from ide_snn.solvers.vectors import Factor
 
 
@@ -28,6 +29,8 @@ class LinearProblem:
         `native`, where A does not mix samples. They read `rhs` in its order in memory. Asked when they are needed: a
         solve that is rough throughout is not.
     rough: A with rounding, for solvers that may begin with it; the verdict is on A.
+    ahead: how runs of GMRES are made without waiting for the host after every product, where A does not mix samples and
+        `matvec` does not wait.
     """
 
     matvec: Callable[[Tensor], Tensor]
@@ -36,6 +39,7 @@ class LinearProblem:
     native: bool = False
     factors: Callable[[], tuple[Factor, ...]] | None = None
     rough: Rough | None = None
+    ahead: Ahead | None = None
 
     @property
     def start(self) -> Tensor:
