@@ -66,19 +66,19 @@ COMPILED = {
     ),
     "arnoldi": (
         dict.fromkeys(("basis_ptr", "newest_ptr", "image_ptr", "target_ptr", "column_ptr"), "*fp32")
-        | {"n": "i32", "groups": "i32", "plane": "i64", "k": "i32"},
-        {"NOISE": 1e-6, "PASSES": 2, "BLOCK": 4096},
+        | {"groups": "i32", "plane": "i64"},
+        {"N": 16384, "K": 3, "NOISE": 1e-6, "PASSES": 2, "BLOCK": 4096},
     ),
     "combine": (
         dict.fromkeys(("basis_ptr", "solution_ptr", "remainder_ptr", "y_ptr", "r_ptr", "norms_ptr"), "*fp32")
-        | {"verdict_ptr": "*i32", "n": "i32", "groups": "i32", "plane": "i64"},
-        {"BLOCK": 4096},
+        | {"verdict_ptr": "*i32", "groups": "i32", "plane": "i64"},
+        {"N": 16384, "DIMENSIONS": 5, "BLOCK": 4096},
     ),
     "least_squares": (
         dict.fromkeys(("columns_ptr", "beta_ptr", "bound_ptr", "solution_ptr", "remainder_ptr"), "*fp32")
         | dict.fromkeys(("factor_ptr", "turns_ptr", "right_ptr"), "*fp64")
-        | {"verdict_ptr": "*i32", "dimensions": "i32", "groups": "i32"},
-        {"NOISE": 1e-6, "BLOCK": 128},
+        | {"verdict_ptr": "*i32", "groups": "i32"},
+        {"DIMENSIONS": 5, "NOISE": 1e-6, "BLOCK": 128},
     ),
     "masked_update": ({"y_ptr": "*fp32", "r_ptr": "*fp32", "active_ptr": "*u8"} | ROWS, {"STEP": 0.7}),
 }

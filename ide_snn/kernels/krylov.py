@@ -69,8 +69,8 @@ def arnoldi_step_(
         raise ValueError("basis, image and columns must be contiguous")
     if uses_triton(backend, basis.device):
         kernels, plane = load_kernels(), groups * n
-        operands = (basis, basis[k], image, basis[k + 1], columns[k], n, groups, plane, k)
-        kernels.launch(kernels.arnoldi, groups, basis, *operands, NOISE=noise, PASSES=passes, **ROW)
+        operands = (basis, basis[k], image, basis[k + 1], columns[k], groups, plane)
+        kernels.launch(kernels.arnoldi, groups, basis, *operands, N=n, K=k, NOISE=noise, PASSES=passes, **ROW)
         return
     w = basis[k] - image.to(basis.dtype)
     basis[k + 1], columns[k, : k + 2] = orthogonalised(w, list(basis[: k + 1]), passes, noise)
@@ -101,9 +101,9 @@ def least_squares(
     factor, turns, right = scratch.split((m * m, 2 * m, m))
     if uses_triton(backend, columns.device):
         kernels = load_kernels()
-        operands = (columns, beta, bound, factor, turns, right, solution, remainder, verdict, m, groups)
+        operands = (columns, beta, bound, factor, turns, right, solution, remainder, verdict, groups)
         block = 1 << max(groups - 1, 1).bit_length()
-        kernels.launch(kernels.least_squares, 1, columns, *operands, NOISE=noise, BLOCK=block)
+        kernels.launch(kernels.least_squares, 1, columns, *operands, DIMENSIONS=m, NOISE=noise, BLOCK=block)
         return solution, remainder, verdict
     h, factor = columns.double(), factor.view(m, m, groups)
     last, taking = beta.double(), torch.ones((), dtype=torch.int32, device=columns.device)
@@ -146,8 +146,8 @@ def combine(
     if uses_triton(backend, basis.device):
         kernels, (groups, n) = load_kernels(), basis.shape[1:]
         y, r, norms = basis.new_empty(groups, n), basis.new_empty(groups, n), basis.new_empty(2, groups)
-        operands = (basis, solution, remainder, verdict, y, r, norms, n, groups, groups * n)
-        kernels.launch(kernels.combine, groups, basis, *operands, **ROW)
+        operands = (basis, solution, remainder, verdict, y, r, norms, groups, groups * n)
+        kernels.launch(kernels.combine, groups, basis, *operands, N=n, DIMENSIONS=len(solution), **ROW)
         return y, r, norms
     y, r = (
         # a vector that is not taken may be anything

@@ -111,25 +111,25 @@ def arnoldi(
     image_ptr,
     target_ptr,
     column_ptr,
-    n,
     groups,
     plane,
-    k,
+    N: tl.constexpr,
+    K: tl.constexpr,
     NOISE: tl.constexpr,
     PASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """See `ide_snn.kernels.krylov.arnoldi_step_`; program g has row g of n elements.
+    """See `ide_snn.kernels.krylov.arnoldi_step_`; program g has row g of N elements.
 
     A barrier stands between what some threads of a program have written and others read.
     """
     group = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    row = group * n
+    row = group * N
     before = tl.zeros([BLOCK], target_ptr.dtype.element_ty)
-    for start in range(0, n, BLOCK):
+    for start in range(0, N, BLOCK):
         at = row + start + lanes
-        inside = start + lanes < n
+        inside = start + lanes < N
         image = tl.load(image_ptr + at, mask=inside, other=0)
         w = tl.load(newest_ptr + at, mask=inside, other=0) - image.to(before.dtype)
         before += w * w
@@ -138,18 +138,18 @@ def arnoldi(
     for _ in tl.static_range(PASSES):
         q_ptr = basis_ptr + row
         h_ptr = column_ptr + group
-        for _i in range(k + 1):
+        for _i in range(K + 1):
             product = tl.zeros([BLOCK], before.dtype)
-            for start in range(0, n, BLOCK):
-                inside = start + lanes < n
+            for start in range(0, N, BLOCK):
+                inside = start + lanes < N
                 w = tl.load(target_ptr + row + start + lanes, mask=inside, other=0)
                 product += w * tl.load(q_ptr + start + lanes, mask=inside, other=0)
             h = tl.sum(product)
             so_far = tl.load(h_ptr)
             tl.debug_barrier()
             tl.store(h_ptr, so_far + h)
-            for start in range(0, n, BLOCK):
-                inside = start + lanes < n
+            for start in range(0, N, BLOCK):
+                inside = start + lanes < N
                 w = tl.load(target_ptr + row + start + lanes, mask=inside, other=0)
                 w -= h * tl.load(q_ptr + start + lanes, mask=inside, other=0)
                 tl.store(target_ptr + row + start + lanes, w, mask=inside)
@@ -157,22 +157,31 @@ def arnoldi(
             q_ptr += plane
             h_ptr += groups
     after = tl.zeros([BLOCK], before.dtype)
-    for start in range(0, n, BLOCK):
-        w = tl.load(target_ptr + row + start + lanes, mask=start + lanes < n, other=0)
+    for start in range(0, N, BLOCK):
+        w = tl.load(target_ptr + row + start + lanes, mask=start + lanes < N, other=0)
         after += w * w
     length = tl.sqrt(tl.sum(after))
     length = tl.where(length <= NOISE * tl.sqrt(tl.sum(before)), 0.0, length)
     unit = tl.where(length > 0, 1.0 / tl.where(length > 0, length, 1.0), 0.0)
-    for start in range(0, n, BLOCK):
-        inside = start + lanes < n
+    for start in range(0, N, BLOCK):
+        inside = start + lanes < N
         w = tl.load(target_ptr + row + start + lanes, mask=inside, other=0)
         tl.store(target_ptr + row + start + lanes, w * unit, mask=inside)
-    tl.store(column_ptr + group + (k + 1) * groups, length)
+    tl.store(column_ptr + group + (K + 1) * groups, length)
 
 
 @triton.jit
 def rotate(
-    columns_ptr, beta_ptr, bound_ptr, factor_ptr, turns_ptr, right_ptr, dimensions, groups, lanes, NOISE: tl.constexpr
+    columns_ptr,
+    beta_ptr,
+    bound_ptr,
+    factor_ptr,
+    turns_ptr,
+    right_ptr,
+    groups,
+    lanes,
+    DIMENSIONS: tl.constexpr,
+    NOISE: tl.constexpr,
 ):
     """(dimensions that are taken, 1 where more are needed) and the triangular factor, by Givens rotations."""
     inside = lanes < groups
@@ -180,16 +189,16 @@ def rotate(
     bound = tl.load(bound_ptr + lanes, mask=inside, other=0).to(tl.float64)
     taking = 1
     used = 0
-    for k in range(dimensions):
-        column = columns_ptr + k * (dimensions + 1) * groups + lanes
+    for k in range(DIMENSIONS):
+        column = columns_ptr + k * (DIMENSIONS + 1) * groups + lanes
         upper = tl.load(column, mask=inside, other=0).to(tl.float64)
         size = upper * upper
         for i in range(k):
             lower = tl.load(column + (i + 1) * groups, mask=inside, other=0).to(tl.float64)
             size += lower * lower
             cos = tl.load(turns_ptr + i * groups + lanes, mask=inside, other=1)
-            sin = tl.load(turns_ptr + (dimensions + i) * groups + lanes, mask=inside, other=0)
-            tl.store(factor_ptr + (i * dimensions + k) * groups + lanes, cos * upper + sin * lower, mask=inside)
+            sin = tl.load(turns_ptr + (DIMENSIONS + i) * groups + lanes, mask=inside, other=0)
+            tl.store(factor_ptr + (i * DIMENSIONS + k) * groups + lanes, cos * upper + sin * lower, mask=inside)
             upper = cos * lower - sin * upper
         lower = tl.load(column + (k + 1) * groups, mask=inside, other=0).to(tl.float64)
         size += lower * lower
@@ -197,9 +206,9 @@ def rotate(
         useless = radius <= NOISE * tl.sqrt(size)
         cos = tl.where(useless, 0.0, upper / tl.where(useless, 1.0, radius))
         sin = tl.where(useless, 1.0, lower / tl.where(useless, 1.0, radius))
-        tl.store(factor_ptr + (k * dimensions + k) * groups + lanes, tl.where(useless, 0.0, radius), mask=inside)
+        tl.store(factor_ptr + (k * DIMENSIONS + k) * groups + lanes, tl.where(useless, 0.0, radius), mask=inside)
         tl.store(turns_ptr + k * groups + lanes, cos, mask=inside)
-        tl.store(turns_ptr + (dimensions + k) * groups + lanes, sin, mask=inside)
+        tl.store(turns_ptr + (DIMENSIONS + k) * groups + lanes, sin, mask=inside)
         # of dimensions that are not taken the coefficients become 0
         tl.store(right_ptr + k * groups + lanes, tl.where(taking > 0, cos * last, 0.0), mask=inside)
         last = -sin * last
@@ -221,8 +230,8 @@ def least_squares(
     solution_ptr,
     remainder_ptr,
     verdict_ptr,
-    dimensions,
     groups,
+    DIMENSIONS: tl.constexpr,
     NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -233,15 +242,16 @@ def least_squares(
     lanes = tl.arange(0, BLOCK)
     inside = lanes < groups
     used, taking = rotate(
-        columns_ptr, beta_ptr, bound_ptr, factor_ptr, turns_ptr, right_ptr, dimensions, groups, lanes, NOISE
+        columns_ptr, beta_ptr, bound_ptr, factor_ptr, turns_ptr, right_ptr, groups, lanes, DIMENSIONS, NOISE
     )
-    for back in range(dimensions):
-        i = dimensions - 1 - back
+    for back in range(DIMENSIONS):
+        i = DIMENSIONS - 1 - back
         rest = tl.load(right_ptr + i * groups + lanes, mask=inside, other=0)
-        for j in range(i + 1, used):
-            known = tl.load(right_ptr + j * groups + lanes, mask=inside, other=0)
-            rest -= known * tl.load(factor_ptr + (i * dimensions + j) * groups + lanes, mask=inside, other=0)
-        pivot = tl.load(factor_ptr + (i * dimensions + i) * groups + lanes, mask=inside, other=0)
+        for j in range(i + 1, DIMENSIONS):
+            taken = inside & (j < used)
+            known = tl.load(right_ptr + j * groups + lanes, mask=taken, other=0)
+            rest -= known * tl.load(factor_ptr + (i * DIMENSIONS + j) * groups + lanes, mask=taken, other=0)
+        pivot = tl.load(factor_ptr + (i * DIMENSIONS + i) * groups + lanes, mask=inside, other=0)
         has_part = (pivot != 0) & (i < used)
         c = tl.where(has_part, rest / tl.where(has_part, pivot, 1.0), 0.0)
         tl.debug_barrier()
@@ -249,11 +259,12 @@ def least_squares(
         tl.store(solution_ptr + i * groups + lanes, c.to(solution_ptr.dtype.element_ty), mask=inside)
         tl.debug_barrier()
     beta = tl.load(beta_ptr + lanes, mask=inside, other=0).to(tl.float64)
-    for i in range(dimensions + 1):
+    for i in range(DIMENSIONS + 1):
         rest = tl.where(i == 0, beta, 0.0)
-        for k in range(used):
-            entry = tl.load(columns_ptr + (k * (dimensions + 1) + i) * groups + lanes, mask=inside, other=0)
-            rest -= entry.to(tl.float64) * tl.load(right_ptr + k * groups + lanes, mask=inside, other=0)
+        for k in range(DIMENSIONS):
+            taken = inside & (k < used)
+            entry = tl.load(columns_ptr + (k * (DIMENSIONS + 1) + i) * groups + lanes, mask=taken, other=0)
+            rest -= entry.to(tl.float64) * tl.load(right_ptr + k * groups + lanes, mask=taken, other=0)
         rest = tl.where(i <= used, rest, 0.0)
         tl.store(remainder_ptr + i * groups + lanes, rest.to(remainder_ptr.dtype.element_ty), mask=inside)
     tl.store(verdict_ptr, used)
@@ -262,26 +273,38 @@ def least_squares(
 
 @triton.jit
 def combine(
-    basis_ptr, solution_ptr, remainder_ptr, verdict_ptr, y_ptr, r_ptr, norms_ptr, n, groups, plane, BLOCK: tl.constexpr
+    basis_ptr,
+    solution_ptr,
+    remainder_ptr,
+    verdict_ptr,
+    y_ptr,
+    r_ptr,
+    norms_ptr,
+    groups,
+    plane,
+    N: tl.constexpr,
+    DIMENSIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """See `ide_snn.kernels.krylov.combine`; program g has row g of n elements."""
+    """See `ide_snn.kernels.krylov.combine`; program g has row g of N elements."""
     group = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     used = tl.load(verdict_ptr)
     of_r = tl.zeros([BLOCK], y_ptr.dtype.element_ty)
     of_y = tl.zeros([BLOCK], of_r.dtype)
-    for start in range(0, n, BLOCK):
-        inside = start + lanes < n
-        at = group * n + start + lanes
+    for start in range(0, N, BLOCK):
+        inside = start + lanes < N
+        at = group * N + start + lanes
         y = tl.zeros([BLOCK], of_r.dtype)
         r = tl.zeros([BLOCK], of_r.dtype)
         q_ptr = basis_ptr + at
-        for i in range(used):
-            q = tl.load(q_ptr, mask=inside, other=0)
-            y += tl.load(solution_ptr + i * groups + group) * q
+        for i in range(DIMENSIONS + 1):
+            # a vector that is not taken may be anything
+            q = tl.load(q_ptr, mask=inside & (i <= used), other=0)
+            if i < DIMENSIONS:
+                y += tl.load(solution_ptr + i * groups + group) * q
             r += tl.load(remainder_ptr + i * groups + group) * q
             q_ptr += plane
-        r += tl.load(remainder_ptr + used * groups + group) * tl.load(q_ptr, mask=inside, other=0)
         tl.store(y_ptr + at, y, mask=inside)
         tl.store(r_ptr + at, r, mask=inside)
         of_y += y * y
