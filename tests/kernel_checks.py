@@ -22,6 +22,8 @@ from ide_snn.kernels import apply_slope, available, in_layout_of, masked_update_
 from ide_snn.kernels.krylov import arnoldi_step_, combine, least_squares
 from ide_snn.kernels.triton_kernels import BLOCK, INTERPRETED
 
+# of the interpreter of triton 3.2 itself
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 IF, LIF = NeuronParams(2.0, 1.0), NeuronParams(2.0, 0.95)
 # sizes around a program's block, odd ones, one element, none

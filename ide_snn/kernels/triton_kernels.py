@@ -183,7 +183,10 @@ def rotate(
     DIMENSIONS: tl.constexpr,
     NOISE: tl.constexpr,
 ):
-    """(dimensions that are taken, 1 where more are needed) and the triangular factor, by Givens rotations."""
+    """(dimensions that are taken, 1 where more are needed) and the triangular factor, by Givens rotations.
+
+    Bounds of loops are constants, also where half of a loop is masked: the interpreter knows no others.
+    """
     inside = lanes < groups
     last = tl.load(beta_ptr + lanes, mask=inside, other=0).to(tl.float64)
     bound = tl.load(bound_ptr + lanes, mask=inside, other=0).to(tl.float64)
@@ -193,13 +196,14 @@ def rotate(
         column = columns_ptr + k * (DIMENSIONS + 1) * groups + lanes
         upper = tl.load(column, mask=inside, other=0).to(tl.float64)
         size = upper * upper
-        for i in range(k):
-            lower = tl.load(column + (i + 1) * groups, mask=inside, other=0).to(tl.float64)
+        for i in range(DIMENSIONS):
+            earlier = inside & (i < k)
+            lower = tl.load(column + (i + 1) * groups, mask=earlier, other=0).to(tl.float64)
             size += lower * lower
-            cos = tl.load(turns_ptr + i * groups + lanes, mask=inside, other=1)
-            sin = tl.load(turns_ptr + (DIMENSIONS + i) * groups + lanes, mask=inside, other=0)
-            tl.store(factor_ptr + (i * DIMENSIONS + k) * groups + lanes, cos * upper + sin * lower, mask=inside)
-            upper = cos * lower - sin * upper
+            cos = tl.load(turns_ptr + i * groups + lanes, mask=earlier, other=1)
+            sin = tl.load(turns_ptr + (DIMENSIONS + i) * groups + lanes, mask=earlier, other=0)
+            tl.store(factor_ptr + (i * DIMENSIONS + k) * groups + lanes, cos * upper + sin * lower, mask=earlier)
+            upper = tl.where(earlier, cos * lower - sin * upper, upper)
         lower = tl.load(column + (k + 1) * groups, mask=inside, other=0).to(tl.float64)
         size += lower * lower
         radius = tl.sqrt(upper * upper + lower * lower)
@@ -247,8 +251,8 @@ def least_squares(
     for back in range(DIMENSIONS):
         i = DIMENSIONS - 1 - back
         rest = tl.load(right_ptr + i * groups + lanes, mask=inside, other=0)
-        for j in range(i + 1, DIMENSIONS):
-            taken = inside & (j < used)
+        for j in range(DIMENSIONS):
+            taken = inside & (j > i) & (j < used)
             known = tl.load(right_ptr + j * groups + lanes, mask=taken, other=0)
             rest -= known * tl.load(factor_ptr + (i * DIMENSIONS + j) * groups + lanes, mask=taken, other=0)
         pivot = tl.load(factor_ptr + (i * DIMENSIONS + i) * groups + lanes, mask=inside, other=0)
