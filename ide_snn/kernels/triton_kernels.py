@@ -185,9 +185,11 @@ def rotate(
 ):
     """(dimensions that are taken, 1 where more are needed) and the triangular factor, by Givens rotations.
 
-    Bounds of loops are constants, also where half of a loop is masked: the interpreter knows no others.
+    Bounds of loops are constants, also where half of a loop is masked, and comparisons are of vectors: older
+    interpreters know no others.
     """
     inside = lanes < groups
+    zeros = lanes * 0
     last = tl.load(beta_ptr + lanes, mask=inside, other=0).to(tl.float64)
     bound = tl.load(bound_ptr + lanes, mask=inside, other=0).to(tl.float64)
     taking = 1
@@ -197,7 +199,7 @@ def rotate(
         upper = tl.load(column, mask=inside, other=0).to(tl.float64)
         size = upper * upper
         for i in range(DIMENSIONS):
-            earlier = inside & (i < k)
+            earlier = inside & (zeros + i < k)
             lower = tl.load(column + (i + 1) * groups, mask=earlier, other=0).to(tl.float64)
             size += lower * lower
             cos = tl.load(turns_ptr + i * groups + lanes, mask=earlier, other=1)
@@ -245,6 +247,7 @@ def least_squares(
     """
     lanes = tl.arange(0, BLOCK)
     inside = lanes < groups
+    zeros = lanes * 0
     used, taking = rotate(
         columns_ptr, beta_ptr, bound_ptr, factor_ptr, turns_ptr, right_ptr, groups, lanes, DIMENSIONS, NOISE
     )
@@ -252,11 +255,11 @@ def least_squares(
         i = DIMENSIONS - 1 - back
         rest = tl.load(right_ptr + i * groups + lanes, mask=inside, other=0)
         for j in range(DIMENSIONS):
-            taken = inside & (j > i) & (j < used)
+            taken = inside & (zeros + j > i) & (zeros + j < used)
             known = tl.load(right_ptr + j * groups + lanes, mask=taken, other=0)
             rest -= known * tl.load(factor_ptr + (i * DIMENSIONS + j) * groups + lanes, mask=taken, other=0)
         pivot = tl.load(factor_ptr + (i * DIMENSIONS + i) * groups + lanes, mask=inside, other=0)
-        has_part = (pivot != 0) & (i < used)
+        has_part = (pivot != 0) & (zeros + i < used)
         c = tl.where(has_part, rest / tl.where(has_part, pivot, 1.0), 0.0)
         tl.debug_barrier()
         tl.store(right_ptr + i * groups + lanes, c, mask=inside)
@@ -264,12 +267,12 @@ def least_squares(
         tl.debug_barrier()
     beta = tl.load(beta_ptr + lanes, mask=inside, other=0).to(tl.float64)
     for i in range(DIMENSIONS + 1):
-        rest = tl.where(i == 0, beta, 0.0)
+        rest = tl.where(zeros + i == 0, beta, 0.0)
         for k in range(DIMENSIONS):
-            taken = inside & (k < used)
+            taken = inside & (zeros + k < used)
             entry = tl.load(columns_ptr + (k * (DIMENSIONS + 1) + i) * groups + lanes, mask=taken, other=0)
             rest -= entry.to(tl.float64) * tl.load(right_ptr + k * groups + lanes, mask=taken, other=0)
-        rest = tl.where(i <= used, rest, 0.0)
+        rest = tl.where(zeros + i <= used, rest, 0.0)
         tl.store(remainder_ptr + i * groups + lanes, rest.to(remainder_ptr.dtype.element_ty), mask=inside)
     tl.store(verdict_ptr, used)
     tl.store(verdict_ptr + 1, taking)
