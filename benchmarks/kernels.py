@@ -22,6 +22,7 @@ import torch
 from ide_snn import NeuronParams, SNNIDEConvMultiLayerNet
 from ide_snn.graphs import GraphedCall
 from ide_snn.kernels import apply_slope, available, masked_update_, neuron_step_, residual
+from ide_snn.kernels.krylov import arnoldi_step_, combine
 
 Call = Callable[[str], object]  # of the backend
 LIF = NeuronParams(2.0, 0.95)
@@ -59,6 +60,8 @@ def works(shape: tuple[int, ...]) -> list[Work]:
     mask = made(f32) > 0.4
     rows = [made(f32).flatten().view(shape[0], -1) for _ in range(4)]
     active = torch.arange(shape[0], device="cuda") % 2 == 0
+    basis, columns = torch.stack([*rows, rows[0]]), torch.zeros(4, 5, shape[0], device="cuda")
+    coefficients, used = torch.rand(5, shape[0], device="cuda"), torch.tensor([4, 0], dtype=torch.int32, device="cuda")
     options = {"gain": mask, "gain_scale": 1.25, "drive": x, "rate": rate}
     return [
         Work("step, float32", 16, lambda b: neuron_step_(c, u, s, LIF, backend=b)),
@@ -67,6 +70,12 @@ def works(shape: tuple[int, ...]) -> list[Work]:
         Work("slope, float32 to bf16", 7, lambda b: apply_slope(c, mask, 0.6, s16, backend=b)),
         Work("residual and norms", 16, lambda b: residual(rows[0], rows[1], rows[2], rows[3], backend=b)),
         Work("masked update, half active", 6, lambda b: masked_update_(rows[0], rows[1], active, 0.5, backend=b)),
+        Work(
+            "Arnoldi step 3, one pass",
+            24,
+            lambda b: arnoldi_step_(basis, rows[1], columns, 3, passes=1, noise=1e-6, backend=b),
+        ),
+        Work("combination of 4", 28, lambda b: combine(basis, coefficients[:4], coefficients, used, backend=b)),
     ]
 
 

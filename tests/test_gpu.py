@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -85,3 +86,40 @@ def test_compiled_time_steps_are_those_that_are_not(kind: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert len(graphed._graphed.graphs) == 1
     assert len(graphed._solves.graphs) >= 1
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_step_waits_for_the_host_once(kind: str, compile: bool) -> None:
+    block = warmed_up(small_block(kind, dropout=0.3, precision="exact", solver=Gmres(1e-2))).float().cuda().train()
+    block.compile_ = compile
+    optimizer = torch.optim.SGD(block.parameters(), 0.01)
+    x, solves = example_input(kind).float().cuda(), []
+    block.register_solve_hook(solves.append)
+    for step in range(4):
+        optimizer.zero_grad()
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn" if step else "default")  # the first captures
+            try:
+                block(x).square().sum().backward()
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits = [str(w.message) for w in waits if "synchronizing CUDA operation" in str(w.message)]
+        foreseen = step and solves[-1].stats.products <= solves[-2].stats.products
+        assert not foreseen or len(waits) == 1, waits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_solve_ahead_of_the_host_is_the_one_that_asks(kind: str) -> None:
+    block = warmed_up(small_block(kind, precision="exact", solver=Gmres(1e-3))).float().cuda().train()
+    gradients = []
+    for ahead in (True, False):
+        twin = copy.deepcopy(block)
+        if not ahead:
+            twin._solves.ahead = lambda *_, **__: None
+        twin(example_input(kind).float().cuda()).square().sum().backward()
+        gradients.append([p.grad for p in twin.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
