@@ -23,7 +23,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ide_snn import event_driven
+from ide_snn.dense import DenseMap
 from ide_snn.equilibrium import AnalyticLinearisation, EquilibriumMap
+from ide_snn.layers import Affine
+from ide_snn.operators import Operator
 from ide_snn.simulation import EVENT_PATHS
 from ide_snn.spiking import operator_gradients
 
@@ -82,8 +85,19 @@ class _Chain(torch.autograd.Function):
         for number in reversed(range(len(f.chain))):
             affine, x, d = f.chain[number].frozen, inputs[number], v * slopes[number]
             wanted = (False, needed[2 * number], needed[2 * number + 1])
-            found = operator_gradients(affine.operator, x, d, affine.weight, wanted, rounded=f.rounds_convolutions)
-            gradients[2 * number : 2 * number + 2] = found[1:]
+            if affine.operator.kind == "linear":
+                to_bias = d.sum(0) if wanted[2] else None
+                gradients[2 * number : 2 * number + 2] = _outer(d, x) if wanted[1] else None, to_bias
+            else:
+                found = operator_gradients(affine.operator, x, d, affine.weight, wanted, rounded=f.rounds_convolutions)
+                gradients[2 * number : 2 * number + 2] = found[1:]
             if number:
                 v = jacobian.maps[number].adjoint(d)
         return None, None, None, None, v * first if ctx.needs_input_grad[4] else None, *gradients
+
+
+def _outer(d: Tensor, x: Tensor) -> Tensor:
+    """d^T x [N, M] for d [B, N] and x [B, M], by a product that skips the zeros of d: most neurons' slopes are 0."""
+    samples, inputs = x.shape
+    rates = Affine(Operator("linear", inputs, samples), x, None, 1, None, (inputs,))
+    return DenseMap(rates).adjoint(d.t())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +18,7 @@ class Reach:
     out_positions: int
     taps: int
     target: np.ndarray
+    _of_samples: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     @functools.lru_cache(maxsize=64)
@@ -35,9 +36,11 @@ class Reach:
 
     def targets(self, samples: int) -> np.ndarray:
         """`target` of so many samples whose positions follow each other, [taps, samples * in_positions]."""
+        if samples in self._of_samples:
+            return self._of_samples[samples]
         before = self.out_positions * np.arange(samples, dtype=np.int32)[:, None]
         target = np.where(self.target[:, None] < 0, np.int32(-1), self.target[:, None] + before)
-        return target.reshape(self.taps, -1)
+        return self._of_samples.setdefault(samples, target.reshape(self.taps, -1))
 
 
 def _pairs(
