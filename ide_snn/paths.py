@@ -20,7 +20,7 @@ PATHS = {  # as the log says them
     "events": "event-driven float32",
     "events16": "event-driven, 16-bit weights",
     "fused": "dense products, fused neuron kernel",
-    "fused_tf32": "dense products in TF32, fused neuron kernel",
+    "fused_half": "dense products in float16, fused neuron kernel; f and its gradient in TF32",
 }
 
 
@@ -73,8 +73,11 @@ class PathChoice:
             kernel = available(device)
             if kernel.backend != "triton":
                 return "dense", kernel.reason
-            reason = None if self.precision == "exact" else why_no_tf32(device)
-            return ("fused" if self.precision == "exact" or reason else "fused_tf32"), reason
+            if self.precision == "exact":
+                return "fused", None
+            dtypes = {p.dtype for p in self.input.parameters() if p.is_floating_point()} - {torch.float32}
+            reason = next((f"the weights are {dtype}" for dtype in dtypes), None) or why_no_tf32(device)
+            return ("fused" if reason else "fused_half"), reason
         maps = [link.frozen for link in links]
         of_input = (p.dtype for p in self.input.parameters() if p.is_floating_point() and p.dtype != torch.float32)
         reason = next((f"the input stage is {dtype}" for dtype in of_input), None) or event_driven.why_not(maps)

@@ -4,14 +4,15 @@
 | --- | --- | --- |
 | `float32` | torch's dense products: the reference | the same |
 | `exact`   | event-driven (`ide_snn.event_driven`): float32 sums over the spikes | dense, fused neuron kernel |
-| `fast`    | the same, and the simulation adds weights in 16-bit units, exactly | the same, products in TF32 |
+| `fast`    | the same, and the simulation adds weights in 16-bit units, exactly | the same in float16; f, J in TF32 |
 
 On a CPU `fast` also takes 16-bit whole numbers for a fully connected input stage (`ide_snn.integers`), and bfloat16 for
 the dense convolutions of f, of its gradient and of solves to a loose tolerance where the processor has it
 (`rounds_convolutions`).
-TF32 rounds the factors of a product to 11 significant bits and adds in float32; spikes are exact in it. Only `fast`
-allows it, in a block's simulation and solve; for the gradients of the weights, which torch computes, `round_products`
-sets it for the whole process, as the command line does.
+float16 and TF32 round the factors of a product to 11 significant bits, in which spikes are exact, and add in float32;
+float16 rounds the response, too, and ends at 65,504: a membrane beyond it becomes infinite, and its sample's rates NaN.
+Only `fast` allows them, in a block's simulation and solve; for the gradients of the weights, which torch computes,
+`round_products` sets TF32 for the whole process, as the command line does.
 In `configs/precision` solvers stop at a residual of 1e-2 with `fast`, of 1e-3 with the others.
 Where the machine lacks what a precision needs, the next best is taken and the log says which.
 """
@@ -94,11 +95,13 @@ def products_rounded(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def _switches() -> list[tuple[Any, str, tuple[object, object]]]:
-    """(owner, attribute, (its value for float32, for TF32)) of torch's settings."""
+    """(owner, attribute, (its value for float32 and exact, for fast)) of torch's settings."""
     matrices: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
+    # sums of float16 products stay in float32
+    sums = (matrices, "allow_fp16_reduced_precision_reduction", (False, False))
     if hasattr(
         matrices, "fp32_precision"
     ):  # from torch 2.9 on; unlike the older ones they can always be read and put back
-        return [(owner, "fp32_precision", ("ieee", "tf32")) for owner in (matrices, cudnn.conv, cudnn.rnn)]
-    return [(owner, "allow_tf32", (False, True)) for owner in (matrices, cudnn)]
+        return [sums, *((owner, "fp32_precision", ("ieee", "tf32")) for owner in (matrices, cudnn.conv, cudnn.rnn))]
+    return [sums, *((owner, "allow_tf32", (False, True)) for owner in (matrices, cudnn))]

@@ -23,10 +23,11 @@ from ide_snn.layers import Affine, cached_weights
 from ide_snn.neurons import NeuronParams, step_
 
 Advance = Callable[[Tensor, Tensor, Tensor, NeuronParams], None]
-Path = Literal["dense", "fused", "fused_tf32", "events", "events16"]
+Path = Literal["dense", "fused", "fused_half", "events", "events16"]
 EVENT_PATHS = ("events", "events16")
-FUSED_PATHS = ("fused", "fused_tf32")
-CHANNELS_LAST_PATHS = (*EVENT_PATHS, "fused_tf32")  # the layout of tensor cores, too
+FUSED_PATHS = ("fused", "fused_half")
+CHANNELS_LAST_PATHS = (*EVENT_PATHS, "fused_half")  # the layout of tensor cores, too
+SPIKE_TYPES = {"events": torch.uint8, "events16": torch.uint8, "fused_half": torch.float16}  # elsewhere the membrane's
 
 
 class Map(Protocol):
@@ -118,7 +119,7 @@ class _Population:
             return torch.zeros(shape, dtype=dtype, device=like.device)
 
         self.path = path
-        self.u, self.spikes = state(), state(torch.uint8 if path in EVENT_PATHS else like.dtype)
+        self.u, self.spikes = state(), state(SPIKE_TYPES.get(path, like.dtype))
         # For IF both accumulators are the spike count: one is enough.
         self.weighted = state() if rate or (count and leak == 1) else None
         self.count = state() if count and leak != 1 else self.weighted
@@ -175,7 +176,8 @@ def simulate(
             for the populations in their order, step by step. Of the dense path.
         path: "dense" takes the maps' own products and torch operations. "fused" has the same products and one kernel
             for the neurons and their accumulators (`ide_snn.kernels`), with the same rounding; `advance` is not used.
-            "fused_tf32" is that in channels-last memory; the caller allows TF32 (`ide_snn.precision`).
+            "fused_half" is that with spikes, weights and responses in float16, whose 11 significant bits are those of
+            TF32, and channels-last memory; membranes and rates stay as they are.
             "events" walks over the spikes (`ide_snn.event_driven`, float32 on a CPU, where `why_not` is None); the
             sums are the same in another order. "events16" does so with weights in 16-bit multiples of a unit per output
             channel, whose sums are exact.
@@ -224,11 +226,8 @@ class _Dense:
         self, maps: Sequence[Map], populations: Sequence[_Population], neuron: NeuronParams, advance: Advance | None
     ) -> None:
         self.maps, self.populations, self.neuron, self.advance = maps, populations, neuron, advance
-        if populations[0].path in CHANNELS_LAST_PATHS:  # otherwise every product would convert its weight
-            self.maps = [
-                replace(link, weight=event_driven.channels_last(link.weight)) if isinstance(link, Affine) else link
-                for link in maps
-            ]
+        if populations[0].path == "fused_half":  # once: otherwise every product would convert its weight
+            self.maps = [_in_half(link) if isinstance(link, Affine) else link for link in maps]
 
     def run(self, x: Tensor, start: int, steps: int, _share: float) -> None:
         feedback, *layers = self.maps
@@ -248,7 +247,7 @@ class _Dense:
         if self.advance is None and isinstance(link, Affine):
             current = replace(link, gain=None)(spikes)
             return self._update(population, current, link.gain, drive)
-        current = link(spikes)
+        current = link(spikes if isinstance(link, Affine) else spikes.to(dtype))
         if drive is not None:
             current = current.add_(drive) if current.dtype == dtype else current.to(dtype).add_(drive)
         return self._update(population, current)
@@ -272,6 +271,12 @@ class _Dense:
         if population.count is not None and population.count is not population.weighted:
             population.count.add_(population.spikes)
         return population.spikes
+
+
+def _in_half(link: Affine) -> Affine:
+    """With weight and bias in float16, channels-last; the gain, of the neuron kernel, stays."""
+    bias = None if link.bias is None else link.bias.half()
+    return replace(link, weight=event_driven.channels_last(link.weight.half()), bias=bias)
 
 
 class _Events:

@@ -21,12 +21,13 @@ import _common
 import floor
 import original
 import peers
+import rounding
 import steps
 import tables
 import ways
 from cases import CASES, Batches, Network, Ours, Setting, Variant
 from floor import Floor, Link, links_of, plan, product, race, rejection, transposed
-from measure import TOLERANCES, adjoint_problem, against_float32, block_input, compare_solvers, difference
+from measure import TOLERANCES, adjoint_problem, against_float32, block_input, compare_solvers, difference, simulated
 
 from ide_snn import Gmres
 from ide_snn.config import load_config
@@ -604,3 +605,18 @@ def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.Captur
     with pytest.raises(SystemExit):
         steps.main(arguments)
     assert "error" in capsys.readouterr().err
+
+
+def test_11_bits_are_rounded_to_nearest() -> None:
+    x = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, 3 + 2**-8, -0.1, 0.0])
+    assert rounding.to_11_bits(x).tolist() == [1.0, 1 + 2**-9, 3 + 2**-8, -819 * 2**-13, 0.0]
+
+
+@pytest.mark.parametrize("case", ["f400", "f64c5"])
+def test_rates_without_rounding_are_those_of_the_network(case: str) -> None:
+    ours = small(case)
+    x, _ = example(ours)
+    expected = simulated(ours, x).last
+    torch.testing.assert_close(rounding.rates(ours, x), expected, rtol=0, atol=1e-6)
+    for coarse in ((torch.round, rounding.plain), (rounding.plain, torch.round)):  # weights are far below 0.5
+        assert difference(expected, rounding.rates(ours, x, "dense", *coarse))["share_differing"] > 0

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import example_input, small_block, warmed_up
+from networks import KINDS, example_input, small_block, warmed_up
 from torch import Tensor, nn
 
-from ide_snn import Gmres, NeuronParams, convolutions, event_driven, native
+from ide_snn import FeedbackSNN, Gmres, NeuronParams, convolutions, event_driven, native
 from ide_snn.event_driven import EventConnection
 from ide_snn.firing import fire_
 from ide_snn.layers import Affine
@@ -173,11 +173,47 @@ def test_the_path_for_tensor_cores_is_the_dense_one_with_channels_last(leak: flo
     maps = [affine_of(module, shape, 4) for _ in range(3)]
     drive = dyadic((4, *shape), 1.5, torch.Generator().manual_seed(2))
     arguments = (drive, maps[1:], maps[0], [shape] * 3, NeuronParams(1.0, leak), 6)
-    dense, fused = simulate(*arguments), simulate(*arguments, path="fused_tf32")
+    dense, fused = simulate(*arguments), simulate(*arguments, path="fused_half")
     assert float(dense.last.mean()) > 0.05
     assert torch.equal(fused.last, dense.last)
     if len(shape) == 3:
         assert fused.last.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_that_of_rounded_weights_and_responses(kind: str, monkeypatch) -> None:
+    """What the path for tensor cores computes, by products in float32 whose factors and results are rounded."""
+    block = warmed_up(small_block(kind, dropout=0.3, time_steps=20)).float().train()
+    x, found = example_input(kind).float(), {}
+    plain = Affine.__call__
+    half = [lambda t: t, lambda t: t if t is None else t.half().float()]
+
+    def rounded(link: Affine, spikes: Tensor) -> Tensor:
+        keep = half[path == "rounded"]
+        maps = replace(link, weight=keep(link.weight), bias=keep(link.bias), gain=None)
+        response = keep(plain(maps, spikes))
+        return response if link.gain is None else response * link.gain
+
+    for path in ("dense", "rounded", "fused_half"):
+        monkeypatch.setattr(FeedbackSNN, "path_for", lambda *_, p=path: "dense" if p == "rounded" else p)
+        monkeypatch.setattr(Affine, "__call__", rounded if path == "rounded" else plain)
+        with torch.no_grad():
+            twin = copy.deepcopy(block)
+            found[path] = twin.simulate(x, generator=torch.Generator().manual_seed(1)).last
+    assert found["fused_half"].dtype == torch.float32
+    assert float(found["dense"].mean()) > 0.02
+    same = {path: float((found["fused_half"] - found[path]).abs().gt(1e-6).float().mean()) for path in found}
+    # a membrane within 2^-11 of the threshold decides otherwise; sums in another order round a response otherwise
+    assert same["rounded"] <= 0.05
+    assert same["dense"] <= 0.1
+
+
+def test_half_precision_of_what_float16_does_not_have_is_seen() -> None:
+    module = nn.Linear(4, 4, bias=False)
+    affine = replace(affine_of(module, (4,), 2), weight=torch.full((4, 4), 30_000.0))
+    drive = torch.tensor([[3.0] * 4, [0.0] * 4])
+    rates = simulate(drive, [], affine, [(4,)], NeuronParams(1.0, 0.5), 4, path="fused_half").last
+    assert rates.isnan().all(dim=1).tolist() == [True, False]
 
 
 def test_an_input_that_varies_in_time_and_looks_at_every_step() -> None:
