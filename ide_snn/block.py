@@ -7,7 +7,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,8 @@ class FeedbackSNN(nn.Module):
         gradient: `Implicit`, `Unrolled` or `Bptt`.
         input_has_time: inputs are [T, B, *] (spikes, frames) instead of a constant [B, *].
         check_input: refuse NaN and infinity in the input. None: on a CPU; elsewhere it would cost a synchronisation per
-            forward, and a sample with NaN gets rates that are NaN.
+            forward, and NaN shows in the rates: of its sample, or with batch norm in training of the batch, whose
+            running statistics it spoils.
         precision: how the simulation and the products of J are computed, see `ide_snn.precision`.
         compile: prepare the training step once and then run it by a few calls, where that can be done
             (`ide_snn.compiled`); on a GPU the time steps of the simulation (`ide_snn.graphed_simulation`). The log says
@@ -99,6 +100,11 @@ class FeedbackSNN(nn.Module):
         self._path_said: str | None = None
         self._solve_hooks: OrderedDict[int, SolveHook] = OrderedDict()
         self._simulation_hooks: OrderedDict[int, SimulationHook] = OrderedDict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, kind in (("_compiled", CompiledSteps), ("_graphed", GraphedSimulations), ("_solves", GraphedSolves)):
+            self.__dict__.setdefault(name, kind())  # which an earlier version had not
 
     @property
     def time_steps(self) -> int:

@@ -24,7 +24,7 @@ from ide_snn.operators import Operator
 from ide_snn.optimizations import SpectralMatrix, SpectralMatrixFirstDim, get_constraint, raw_weight
 from ide_snn.precision import Precision
 from ide_snn.prepared_step import Parts, Plan
-from ide_snn.readout import suits
+from ide_snn.readout import is_plain, suits
 from ide_snn.simulation import EVENT_PATHS, Path
 from ide_snn.solvers import Gmres, Solver
 
@@ -112,6 +112,8 @@ class CompiledSteps:
         latest = self._latest
         found = latest[1] if latest is not None and latest[0] == key else self._plans.get(key)
         if found is None or not found[1].is_as_it_was():
+            if readout is not None and not _suits(readout, block):
+                return None  # the block alone may be compiled
             found = self._plans[key] = self._make(block, x, readout), _Watch(block, readout)
             if len(self._plans) > MOST_PLANS:
                 self._plans.popitem(last=False)
@@ -125,11 +127,9 @@ class CompiledSteps:
 
     def _make(self, block: Block, x: Tensor, readout: nn.Linear | None) -> Plan | str:
         """The plan, or why there is none."""
-        if readout is not None and not suits(readout):
-            return "the readout is called by itself"
         block.check(x)
         block.population_shapes(tuple(x.shape[2 if block.input_has_time else 1 :]))
-        found = _path_or_reason(block, x, readout)
+        found = _path_or_reason(block, x)
         if found in EVENT_PATHS:
             self._say(logging.INFO, "compile=True: the training step is compiled")
             return Plan(_parts(block, cast(Path, found), readout), len(x))
@@ -145,7 +145,13 @@ class CompiledSteps:
         return CompiledSteps, ()
 
 
-def _path_or_reason(block: Block, x: Tensor, readout: nn.Linear | None) -> str:
+def _suits(readout: nn.Linear, block: Block) -> bool:
+    """True where a layer behind the block can be part of its step: not where nothing in front of it is trained."""
+    features = cast(Tensor, block.feedback.op.weight).shape[0]
+    return suits(readout, features) and any(p.requires_grad for p in block.parameters())
+
+
+def _path_or_reason(block: Block, x: Tensor) -> str:
     """The path of the simulation where the training step for inputs like x can be compiled, else the reason."""
     stage, feedback = block.input, block.feedback
     if len(block.layers) or stage.operator is None or feedback.operator is None:
@@ -170,7 +176,7 @@ def _path_or_reason(block: Block, x: Tensor, readout: nn.Linear | None) -> str:
         _why_not_constraint(feedback.op)
         or _why_not_batch_norm(stage.bn, len(x))
         or _why_not_hooks(block)
-        or _path_or_reason_of_kernels(block, x, () if readout is None else readout.parameters())
+        or _path_or_reason_of_kernels(block, x)
     )
 
 
@@ -207,11 +213,11 @@ def _hooks(module: nn.Module) -> int:
     return sum(len(module.__dict__[kind]) for kind in HOOKS)
 
 
-def _path_or_reason_of_kernels(block: Block, x: Tensor, besides: Iterable[Tensor]) -> str:
+def _path_or_reason_of_kernels(block: Block, x: Tensor) -> str:
     if block.precision == "float32":
         return "precision=float32 is torch's own operations: take exact or fast"
-    tensors = (x, *besides, *block.parameters(), *(t for t in block.buffers() if t.is_floating_point()))
-    if any(t.dtype != torch.float32 or t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
+    tensors = (x, *block.parameters(), *(t for t in block.buffers() if t.is_floating_point()))
+    if not all(map(is_plain, tensors)):
         return "it is for contiguous float32 on a CPU"
     shape = block.input.output_shape(tuple(x.shape[1:]))
     op, operator = block.feedback.op, block.feedback.operator
@@ -259,7 +265,7 @@ class _Watch:
         return [own.get(name) for own, name in self._settings] + [len(own[name]) for own, name in self._counted]
 
     def _addresses_now(self) -> list[Any]:
-        return [(tensor.data_ptr(), tensor.stride()) for tensor in self._tensors]
+        return [(tensor.data_ptr(), tensor.stride(), tensor.requires_grad) for tensor in self._tensors]
 
 
 def _parts(block: Block, path: Path, readout: nn.Linear | None) -> Parts:

@@ -69,7 +69,7 @@ class EquilibriumMap:
         path: how the simulation was computed; with events the analytic products of J with convolutions skip the zeros
             of the slopes, and solves use compiled vector work.
         precision: of float32 products on a GPU, and of gradients, see `ide_snn.precision`.
-        ahead: (J, right-hand side) -> how a solve runs ahead of the host, on a GPU.
+        ahead: J -> how a solve runs ahead of the host, on a GPU.
     """
 
     feedback: FixedConnection
@@ -78,7 +78,7 @@ class EquilibriumMap:
     neuron: NeuronParams
     path: Path = "dense"
     precision: Precision = "float32"
-    ahead: Callable[[Linearisation, Tensor], Ahead] | None = None
+    ahead: Callable[[Linearisation], Ahead] | None = None
 
     @property
     def chain(self) -> tuple[FixedConnection, ...]:
@@ -237,7 +237,7 @@ class EquilibriumMap:
             rounded = jacobian.rounded() if self.rounds_convolutions else None
             rough = None if rounded is None else Rough(rounded.rmatvec, BFLOAT16_NOISE)
         g = g if factors is None else channels_last(g)  # the order in memory that the kernels read
-        ahead = None if self.ahead is None or coupled else self.ahead(jacobian, g)
+        ahead = None if self.ahead is None or coupled else self.ahead(jacobian)
         return LinearProblem(jacobian.rmatvec, g, coupled, native, factors, rough, ahead)
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from ide_snn.graphs import Graphs
 from ide_snn.layers import Affine
 from ide_snn.precision import Precision
 from ide_snn.solvers.ahead import Ahead, Attempt, Foresight
-from ide_snn.solvers.base import Layout
+from ide_snn.solvers.layout import Layout
 from ide_snn.solvers.vectors import Terms
 
 
@@ -25,14 +25,14 @@ class GraphedSolves:
     """What the solves of one block have in common. A copy or a pickle starts anew."""
 
     def __init__(self) -> None:
-        self.foresight, self.graphs = Foresight(), Graphs("the linear solve")
+        self.foresight, self.graphs = Foresight(), Graphs("the linear solve", most=8)  # numbers of dimensions, too
 
-    def ahead(self, jacobian: Linearisation, g: Tensor, precision: Precision, *, captured: bool) -> Ahead:
-        """For (I - J^T) v = g [B, *]; with `captured` as graphs, where J has analytic products."""
+    def ahead(self, jacobian: Linearisation, precision: Precision, *, captured: bool) -> Ahead:
+        """For (I - J^T) v = g; with `captured` as graphs, where J has analytic products."""
         if captured and isinstance(jacobian, AnalyticLinearisation):
             maps = tuple(link for link in jacobian.maps if isinstance(link, Affine))
             if len(maps) == len(jacobian.maps):
-                return _Captured(self.foresight, self.graphs, maps, jacobian.slopes, Layout.of(g), precision)
+                return _Captured(self.foresight, self.graphs, maps, jacobian.slopes, precision)
         return Ahead(self.foresight)
 
     def __reduce__(self) -> tuple[type[GraphedSolves], tuple[()]]:
@@ -44,16 +44,22 @@ class _Captured(Ahead):
     graphs: Graphs
     maps: tuple[Affine, ...]
     slopes: tuple[Tensor, ...]
-    layout: Layout
     precision: Precision  # decides on the rounding of products at the time of the capture
 
-    def attempt(self, matvec: Callable[[Tensor], Tensor], b: Tensor, terms: Terms, dimensions: int) -> Attempt:  # noqa: ARG002
+    def attempt(
+        self,
+        matvec: Callable[[Tensor], Tensor],  # noqa: ARG002
+        layout: Layout,
+        b: Tensor,
+        terms: Terms,
+        dimensions: int,
+    ) -> Attempt:
         blanks, tensors = Blanks.of(self.maps)
-        layout, count, plain = self.layout, len(self.slopes), Ahead(self.foresight)
+        count, plain = len(self.slopes), Ahead(self.foresight)
 
         def run(b: Tensor, *given: Tensor) -> Attempt:
             jacobian = AnalyticLinearisation(tuple(blanks.filled(given[count:])), given[:count])
-            return plain.attempt(lambda v: layout.rows(jacobian.rmatvec(layout.unrows(v))), b, terms, dimensions)
+            return plain.attempt(jacobian.rmatvec, layout, b, terms, dimensions)
 
         purpose = (blanks, layout, terms.tol, dimensions, self.precision)
         y, r, numbers = self.graphs(purpose, run, b, *self.slopes, *tensors)

@@ -113,7 +113,8 @@ class GraphedCall(Generic[Result]):
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, stream=side):
+                # other threads, such as those of a process group, may use the device meanwhile
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                     outputs = self.fn(*inputs)
             except RuntimeError as error:
                 raise RuntimeError(
@@ -124,7 +125,7 @@ class GraphedCall(Generic[Result]):
 
 
 class Graphs:
-    """Functions captured for one purpose each, such as a size of batch; the oldest leaves when there are too many.
+    """Functions captured for one purpose each, such as a size of batch; of too many the one not used longest leaves.
 
     A copy or a pickle starts without any.
 
@@ -150,6 +151,7 @@ class Graphs:
                 self._held.popitem(last=False)[1].release()
             log.info("%s: captured as a CUDA graph", self.name)
             self._held[key] = GraphedCall(fn, max_graphs=1)
+        self._held.move_to_end(key)
         # the graph's own memory is overwritten by its next replay
         return tuple(result.clone() for result in self._held[key](*tensors))
 

@@ -98,10 +98,33 @@ def _switches() -> list[tuple[Any, str, tuple[object, object]]]:
     """(owner, attribute, (its value for float32 and exact, for fast)) of torch's settings."""
     matrices: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    # sums of float16 products stay in float32
-    sums = (matrices, "allow_fp16_reduced_precision_reduction", (False, False))
+    sums: list[tuple[Any, str, tuple[object, object]]] = [(_HalfSums(), "reduced", (_HalfSums.off(),) * 2)]
+    if hasattr(matrices, "allow_fp16_accumulation"):
+        sums.append((matrices, "allow_fp16_accumulation", (False, False)))
     if hasattr(
         matrices, "fp32_precision"
     ):  # from torch 2.9 on; unlike the older ones they can always be read and put back
-        return [sums, *((owner, "fp32_precision", ("ieee", "tf32")) for owner in (matrices, cudnn.conv, cudnn.rnn))]
-    return [sums, *((owner, "allow_tf32", (False, True)) for owner in (matrices, cudnn))]
+        return [*sums, *((owner, "fp32_precision", ("ieee", "tf32")) for owner in (matrices, cudnn.conv, cudnn.rnn))]
+    return [*sums, *((owner, "allow_tf32", (False, True)) for owner in (matrices, cudnn))]
+
+
+class _HalfSums:
+    """Torch's setting whether sums of float16 products may be in float16; newer versions have two switches in it."""
+
+    @property
+    def reduced(self) -> bool | tuple[bool, bool]:
+        matrices: Any = torch.backends.cuda.matmul
+        one: bool = matrices.allow_fp16_reduced_precision_reduction
+        return (one, matrices.allow_fp16_reduced_precision_reduction_split_k) if self._has_two() else one
+
+    @reduced.setter
+    def reduced(self, value: bool | tuple[bool, bool]) -> None:
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = value
+
+    @classmethod
+    def off(cls) -> bool | tuple[bool, bool]:
+        return (False, True) if cls._has_two() else False
+
+    @staticmethod
+    def _has_two() -> bool:
+        return hasattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction_split_k")

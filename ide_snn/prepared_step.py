@@ -229,7 +229,7 @@ class _Slot:
         self.terms, dimensions = solver.terms(torch.float32), min(solver.restart, solver.max_steps)
         self.gmres = PreparedGmres(self.factors, batch, features, self.terms, dimensions, own_memory=True)
         of_readout = () if self.readout is None else self.readout.back
-        self.second, self.third = Stages(of_readout), Stages([*of_readout, dense.packing, self.gmres.stage])
+        self.third = Stages([*of_readout, dense.packing, self.gmres.stage])
         tensors = (None, self.slope, self.through, self.y, self.gains[0], gamma, self.mean, self.scale)
         results = (self.to_response, self.to_y, self.to_y_turned)
         self.back = _Backward(batch, features, 0, *map(_pointer, (*tensors, *results)))
@@ -271,18 +271,12 @@ class _Slot:
             bn.num_batches_tracked.add_(1)
         return self.rates.clone() if logits is None else logits  # the user's, who may change it
 
-    def to_rates(self, cotangent: Tensor, only: bool) -> tuple[Tensor, list[Tensor | None]]:
-        """The cotangent g of the rates from that of the value, and those of the readout's weight and bias.
-
-        Args:
-            only: these alone are wanted; otherwise `solve` computes all of them.
-        """
+    def to_rates(self, cotangent: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The cotangents of the rates, from that of the value, and of the readout's parameters: `solve` writes them."""
         if self.readout is None:
             return cotangent, [None, None]
         to_readout = [None if p is None else torch.empty_like(p) for p in self.values[-2:]]
         self.readout.pull(cotangent, cast(Tensor, to_readout[0]), to_readout[1])
-        if only:
-            self.second.run()
         return self.readout.to_rates, to_readout
 
     def solve(self, g: Tensor) -> Solution:
@@ -337,14 +331,11 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         x, *_ = ctx.saved_tensors
         slot, needed = ctx.lease.slot, ctx.needs_input_grad[2:]
-        to_block, cotangent = any(needed[:-2]), cotangent.contiguous()
-        g, gradients = slot.to_rates(cotangent, only=not to_block)
-        if to_block:
-            solution = slot.solve(g)
-            report(solution, slot.parts.solver, ctx.hooks)
-            gradients = slot.backward(solution.value, x, needed) + gradients
-        else:
-            gradients = [None] * (len(needed) - 2) + gradients
+        cotangent = cotangent.contiguous()  # the readout's kernels have its address
+        g, of_readout = slot.to_rates(cotangent)
+        solution = slot.solve(g)
+        report(solution, slot.parts.solver, ctx.hooks)
+        gradients = [*slot.backward(solution.value, x, needed), *of_readout]
         return None, None, *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
 
 

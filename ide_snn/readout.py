@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -35,14 +36,23 @@ class _Combine(ctypes.Structure):
     ]
 
 
-def suits(linear: nn.Module) -> bool:
-    """True where calling `linear` is what the kernels do."""
+def suits(linear: nn.Module, features: int) -> bool:
+    """True where calling `linear` on rates of a population of so many neurons is what the kernels do."""
     return (
         isinstance(linear, nn.Linear)
-        and linear.out_features <= MOST_OUTPUTS
-        and runs_as_torch_wrote_it(linear)
         and not parametrize.is_parametrized(linear)
+        and runs_as_torch_wrote_it(linear)
+        and not (linear._backward_hooks or linear._backward_pre_hooks or "forward" in linear.__dict__)
+        and len(linear.weight) <= MOST_OUTPUTS
+        and linear.weight.shape[1] == features
+        and all(map(is_plain, linear.parameters()))
     )
+
+
+def is_plain(x: Tensor) -> bool:
+    """True where a kernel can be given the address of x: contiguous float32 on a CPU, of torch's own types."""
+    is_torchs = type(x) in (Tensor, nn.Parameter)
+    return is_torchs and x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
 
 
 class Readout:
@@ -56,6 +66,7 @@ class Readout:
 
     def __init__(self, rates: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         (samples, inputs), outputs = rates.shape, len(weight)
+        assert weight.shape == (outputs, inputs)  # the kernels would read past it
         self.outputs = outputs
         self.to_rates = rates.new_empty(samples, inputs)
         pointers = rates.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), None

@@ -147,3 +147,36 @@ def test_copies_start_without_graphs() -> None:
     assert not other._graphed.graphs
     assert not pickle.loads(pickle.dumps(graphed._graphed)).graphs
     assert torch.equal(rates(other, x), expected)
+
+
+def test_a_cotangent_with_gaps_in_another_order_is_read_in_its_own(stand_in) -> None:
+    """As of rates that are put beside others in front of a channels-last layer."""
+    plain, graphed = pair("conv")
+    x = example_input("conv").float()
+    gradients = []
+    for block in (plain, graphed):
+        value = rates(block, x)
+        both = torch.cat([value, torch.ones_like(value)], 1).contiguous(memory_format=torch.channels_last)
+        weights = torch.linspace(-1, 2, both.numel()).view(both.shape).contiguous(memory_format=torch.channels_last)
+        (both * weights).sum().backward()
+        gradients.append([p.grad for p in block.parameters()])
+    assert len(stand_in) > 1
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_of_too_many_graphs_the_one_that_was_not_used_longest_leaves(stand_in) -> None:
+    held = graphs.Graphs("sums", most=2)
+    for size in (1, 2, 1, 3, 1, 2):
+        held(size, lambda t: (t.sum(),), torch.ones(size))
+    assert [graph.inputs[0].numel() for graph in stand_in] == [1, 2, 3, 2]
+    assert len(held) == 2
+
+
+def test_a_block_of_an_earlier_version_gets_what_it_had_not() -> None:
+    block = small_block("conv").float()
+    state = {name: value for name, value in block.__dict__.items() if name not in ("_solves", "_graphed", "_compiled")}
+    earlier = FeedbackSNN.__new__(FeedbackSNN)
+    earlier.__setstate__(state)
+    x = example_input("conv").float()
+    assert torch.equal(earlier.eval()(x), block.eval()(x))

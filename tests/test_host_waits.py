@@ -23,9 +23,9 @@ def waits(monkeypatch) -> list[int]:
     """Dimensions of each attempt of a solve whose numbers the host has asked for; they are made up."""
     found: list[int] = []
 
-    def run(self: Ahead, matvec, b, terms, dimensions):
+    def run(self: Ahead, matvec, layout, b, terms, dimensions):
         ahead = min(self.foresight.dimensions, dimensions)
-        y, r, numbers = self.attempt(matvec, b, terms, ahead)
+        y, r, numbers = self.attempt(matvec, layout, b, terms, ahead)
         assert numbers.shape == (3 * len(b) + 2,)
         found.append(ahead)
         return Run(y, r, np.zeros(len(b)), 0.0, 0.0, ahead, ahead), np.ones(len(b))

@@ -42,9 +42,11 @@ def test_only_fast_lets_a_gpu_round_products(precision: Precision) -> None:
             with suppress(KeyError), products_rounded(precision, torch.device("cuda")):
                 assert set(float32_products()) <= ({"tf32", True} if precision == "fast" else {"ieee", False})
                 assert matrices.allow_fp16_reduced_precision_reduction is False
+                assert not getattr(matrices, "allow_fp16_accumulation", False)
                 raise KeyError
             assert float32_products() == before
             assert matrices.allow_fp16_reduced_precision_reduction is True
+            assert getattr(matrices, "allow_fp16_reduced_precision_reduction_split_k", True)
             assert (cudnn.allow_tf32, matrices.allow_tf32) == (set_before == "fast",) * 2
             with products_rounded(precision, torch.device("cpu")):
                 assert float32_products() == before

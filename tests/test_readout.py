@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 from ide_snn import Gmres, SNNIDEFCNet, native
 from ide_snn.native import Stages
-from ide_snn.readout import MOST_OUTPUTS, Readout
+from ide_snn.readout import MOST_OUTPUTS, Readout, is_plain, suits
 
 REASON = REASON or native.why_unavailable("readout")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")
@@ -90,12 +90,21 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "weights in place": (lambda net: net.classifier.weight.data.mul_(-1), True),
     "other data": (lambda net: setattr(net.classifier.weight, "data", -net.classifier.weight.data), True),
     "no bias": (lambda net: setattr(net.classifier, "bias", None), True),
-    "frozen block": (lambda net: net.block.requires_grad_(False), True),
+    "frozen block": (lambda net: net.block.requires_grad_(False), False),
     "frozen classifier": (lambda net: net.classifier.requires_grad_(False), True),
     "another": (replace_classifier, False),
     "hook": (lambda net: net.classifier.register_forward_hook(lambda _m, _i, y: 2 * y), False),
     "hook of the block": (lambda net: net.block.register_forward_hook(lambda _m, _i, y: 2 * y), False),
     "function of one's own": (lambda net: setattr(net.block, "forward", own_forward), False),
+    "backward hook": (
+        lambda net: net.classifier.register_full_backward_hook(lambda _m, given, _: (3 * given[0],)),
+        False,
+    ),
+    "backward pre-hook": (
+        lambda net: net.classifier.register_full_backward_pre_hook(lambda _m, given: (3 * given[0],)),
+        False,
+    ),
+    "the classifier's function": (lambda net: setattr(net.classifier, "forward", lambda a: a[:, :10] + 1), False),
     "parametrized": (lambda net: parametrizations.weight_norm(net.classifier), False),
 }
 
@@ -121,8 +130,41 @@ def test_many_classes_are_left_to_torch_and_the_block_is_compiled() -> None:
         step(net)
     assert is_one_step(few)
     plans = [plan for plan, _ in many.block._compiled._plans.values()]
-    assert [isinstance(plan, str) for plan in plans] == [True, False]
-    assert plans[1].parts.readout is None
+    assert [plan.parts.readout for plan in plans] == [None]
+
+
+@pytest.mark.parametrize("features", [4, 60])
+def test_a_classifier_of_another_size_is_torchs_own_error(features: int) -> None:
+    for on in (False, True):
+        net = network(on)
+        net.classifier = nn.Linear(features, 10)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            step(net)
+
+
+class Elsewhere(Tensor):
+    """A tensor whose memory is not where its type says, as of quantised or distributed weights."""
+
+
+def test_kernels_are_given_tensors_of_torchs_own_types_only() -> None:
+    assert is_plain(torch.ones(3))
+    assert is_plain(nn.Parameter(torch.ones(3)))
+    assert not is_plain(torch.ones(3).as_subclass(Elsewhere))
+    assert not is_plain(torch.ones(3, device="meta"))
+    assert not is_plain(torch.ones(3, 2).t())
+    net = network()
+    net.classifier.weight = nn.Parameter(torch.ones(10, 40).as_subclass(Elsewhere))
+    assert not suits(net.classifier, 40)
+
+
+def test_plans_of_three_sizes_of_batches_are_kept_also_where_the_classifier_is_torchs() -> None:
+    net = network(classes=MOST_OUTPUTS + 1)
+    for samples in (6, 7, 8):
+        step(net, samples)
+    plans = list(net.block._compiled._plans.values())
+    for samples in (6, 7, 8):
+        step(net, samples)
+    assert list(net.block._compiled._plans.values()) == plans
 
 
 def test_a_frozen_block_needs_no_solve() -> None:

@@ -2,7 +2,7 @@
 
 As many dimensions are computed as the last runs took; how many of them are used is decided on the device, as the host
 would have decided. So the numbers are those of the run that asks after every dimension, whatever was computed ahead. A
-run that turns out to need more is made again with twice as many.
+run that turns out to need more is made again with half as many more.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ide_snn.kernels.krylov import arnoldi_step_, combine, least_squares, normalise_
+from ide_snn.solvers.layout import Layout
 from ide_snn.solvers.vectors import Array, Run, Terms, largest, relative
 
 PATIENCE = 32  # runs that take fewer dimensions before fewer are computed
@@ -53,11 +54,14 @@ class Ahead:
 
     foresight: Foresight
 
-    def attempt(self, matvec: Callable[[Tensor], Tensor], b: Tensor, terms: Terms, dimensions: int) -> Attempt:
+    def attempt(
+        self, matvec: Callable[[Tensor], Tensor], layout: Layout, b: Tensor, terms: Terms, dimensions: int
+    ) -> Attempt:
         """(y, r, numbers [3 G + 2]) of a run from 0 with so many dimensions; no synchronisation with the host.
 
         Args:
-            matvec: v -> A v on [G, N], without synchronisation either.
+            matvec: v -> A v on tensors of the problem's shape, without synchronisation either.
+            layout: of these tensors as rows.
             b: [G, N], contiguous.
 
         The numbers, float64, are ||b||, ||r|| and ||y|| of the groups, the dimensions used, and 1 where it needs more.
@@ -65,25 +69,27 @@ class Ahead:
         basis, columns = b.new_empty(dimensions + 1, *b.shape), b.new_zeros(dimensions, dimensions + 1, len(b))
         basis[0], beta = normalise_(b.clone())
         for k in range(dimensions):
-            image = matvec(basis[k]).contiguous()
+            image = layout.rows(matvec(layout.unrows(basis[k]))).contiguous()
             arnoldi_step_(basis, image, columns, k, passes=terms.passes, noise=terms.noise)
         bound = beta.double() * terms.enough
         solution, remainder, verdict = least_squares(columns, beta, bound, noise=terms.noise)
         y, r, norms = combine(basis, solution, remainder, verdict)
         return y, r, torch.cat([beta.double(), norms.double().flatten(), verdict.double()])
 
-    def run(self, matvec: Callable[[Tensor], Tensor], b: Tensor, terms: Terms, dimensions: int) -> tuple[Run, Array]:
+    def run(
+        self, matvec: Callable[[Tensor], Tensor], layout: Layout, b: Tensor, terms: Terms, dimensions: int
+    ) -> tuple[Run, Array]:
         """(a run from 0 of at most so many dimensions, ||b|| [G]); the host waits once, or more often where more were
         needed than foreseen."""
         foresight, ahead = self.foresight, min(self.foresight.dimensions, dimensions)
         while True:
-            y, r, found = self.attempt(matvec, b, terms, ahead)
+            y, r, found = self.attempt(matvec, layout, b, terms, ahead)
             numbers = found.cpu().numpy()  # the only place where the host waits
             rhs, norm, length = numbers[:-2].reshape(3, -1)
             used, is_open = int(numbers[-2]), bool(numbers[-1])
             if not is_open or ahead == dimensions:
                 break
-            ahead = min(2 * ahead, dimensions)
+            ahead = min(ahead + max(2, ahead // 2), dimensions)
         foresight.learn(used)
         norm, length = relative(norm, rhs), relative(length, rhs)
         return Run(y, r, norm, largest(norm), largest(length), used, used), rhs

@@ -86,12 +86,12 @@ class _Restarted:
         self.terms = settings.terms(work.problem.start.dtype)
 
     def first(self, b: Tensor, budget: int) -> Advance:
-        work = self.work
-        assert isinstance(work.problem, LinearProblem)  # see `Gmres.begin`
-        rough = self.settings.rough_of(work.problem)
-        if work.problem.ahead is not None:
+        work, problem = self.work, self.work.problem
+        assert isinstance(problem, LinearProblem)  # see `Gmres.begin`
+        rough, ahead = self.settings.rough_of(problem), problem.ahead
+        if ahead is not None:
             dimensions = min(self.settings.restart, budget)
-            run, work.rhs_norm = work.problem.ahead.run(work.matvec, b.contiguous(), self.terms, dimensions)
+            run, work.rhs_norm = ahead.run(problem.matvec, work.layout, b.contiguous(), self.terms, dimensions)
             return self._advance(run)
         if rough is None:
             return self._run(None, b, budget)
