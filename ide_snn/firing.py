@@ -66,7 +66,7 @@ def fire_stage(
     through: Tensor | None,
     threshold: float,
 ) -> Stage:
-    """The kernel of `fire_`, for tensors that lie alike."""
+    """The kernel of `fire_`, for tensors that lie alike; beside a `through` the slope may be the gain."""
     tensors = (response, gain, drive, slope, through)
     work = _Slopes(response.numel(), 0, *(None if t is None else t.data_ptr() for t in tensors), threshold)
     return Stage("elementwise", "slopes", work, response.numel(), tensors)
@@ -114,7 +114,7 @@ def weighted_rate(states: Sequence[State], total: float) -> Tensor:
 
 
 def rate_stage(states: Sequence[State], total: float, result: Tensor) -> Stage:
-    """The kernel of `weighted_rate`."""
+    """The kernel of `weighted_rate`; the result may be the last population's `weighted`."""
     weighted = states[-1].weighted
     assert weighted is not None  # as above
     samples = max(len(weighted), 1)

@@ -158,13 +158,17 @@ class _Slot:
         def vector() -> Tensor:
             return w_in.new_empty(batch, features)
 
-        self.y, self.drive, self.rates, self.to_y, self.slope = (vector() for _ in range(5))
+        self.y, self.drive, self.rates, self.membrane, self.of_feedback = (vector() for _ in range(5))
         self.mean, self.scale = w_in.new_empty(features), w_in.new_empty(features)
         self.gains = [vector() if dropout.drops else None for dropout in parts.dropouts]
+        # A step is as fast as its memory, so what nobody reads any more is written over: the gain by the slope, spike
+        # counts by rates, and in the backward pass what the forward pass has left.
+        self.slope = vector() if self.gains[1] is None else self.gains[1]
         self.through = self.slope if self.gains[1] is None else vector()
         self.readout = None if w_out is None else Readout(self.rates, w_out, b_out)
+        self.to_y = self.drive
         # transposed, as products take it
-        self.to_response, self.to_y_turned = (w_in.new_empty(features, batch) for _ in range(2))
+        self.to_response, self.to_y_turned = (t.view(features, batch) for t in (self.membrane, self.of_feedback))
         weighing = self._lay_out_weight(raw)
         affine = Affine(parts.operator, self.weight, b, 1, self.gains[1], (features,))
         self._lay_out_forward(weighing, affine)
@@ -192,9 +196,8 @@ class _Slot:
             for gain, dropout in zip(self.gains, self.parts.dropouts, strict=True)
         ]
         before = [*weighing, connection.packing, *filter(None, self.draws)]
-        response, total = torch.empty_like(self.y), neuron.total_weight(steps)
-        u, spikes, weighted = (torch.empty_like(self.y, dtype=dtype) for dtype in (None, torch.uint8, None))
-        states = [_State(u, spikes, weighted, response)]
+        response, total = self.of_feedback, neuron.total_weight(steps)
+        states = [_State(self.membrane, torch.empty_like(self.y, dtype=torch.uint8), self.rates, response)]
         simulation = event_driven.simulation_stage(
             [connection], states, self.drive, neuron, steps, from_rest=True, share=1 / total, own_memory=True
         )
@@ -227,7 +230,9 @@ class _Slot:
         self.jacobian = AnalyticLinearisation((dense,), (self.slope,))
         self.factors = (dense.adjoint_factor(self.slope),)
         self.terms, dimensions = solver.terms(torch.float32), min(solver.restart, solver.max_steps)
-        self.gmres = PreparedGmres(self.factors, batch, features, self.terms, dimensions, own_memory=True)
+        self.gmres = PreparedGmres(
+            self.factors, batch, features, self.terms, dimensions, own_memory=True, keep_residual=False
+        )
         of_readout = () if self.readout is None else self.readout.back
         self.third = Stages([*of_readout, dense.packing, self.gmres.stage])
         tensors = (None, self.slope, self.through, self.y, self.gains[0], gamma, self.mean, self.scale)

@@ -2,8 +2,8 @@
  * replace. Threads take shares of the numbers, or samples, from a shared counter. */
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
+
+#include "vectors.h"
 
 #define SHARE 8192 /* numbers that a thread takes at a time */
 
@@ -12,7 +12,8 @@ typedef struct {
     int64_t next;           /* share to be taken by the next thread; starts at 0 */
     float *response;        /* [size] */
     const float *gain, *drive; /* [size] or NULL */
-    float *slope, *through; /* [size]; the same where there is no gain; where there is one, `through` may be NULL */
+    float *slope, *through; /* [size]; the same where there is no gain; where there is one, `through` may be NULL and the
+                             * slope may be written over the gain */
     double threshold;
 } Slopes;
 
@@ -33,9 +34,10 @@ void slopes(Slopes *w) {
             a = a < 0 ? 0 : a; /* NaN stays NaN */
             z[j] = a > 1 ? 1 : a;
         }
-        if (w->gain && w->through)
+        if (w->gain && w->through) {
+            INDEPENDENT
             for (int64_t j = 0; j < n; j++) w->slope[i + j] = through[j] * w->gain[i + j];
-        else if (w->gain)
+        } else if (w->gain)
             for (int64_t j = 0; j < n; j++) through[j] *= w->gain[i + j];
     }
 }
@@ -121,7 +123,7 @@ typedef struct {
     const float *const *membrane; /* of each population, [samples][its size] */
     const int64_t *sizes;
     const float *weighted;        /* [samples][size] of the last population */
-    float *rate;                  /* [samples][size] */
+    float *rate;                  /* [samples][size], may be `weighted` */
     double total;
 } Rate;
 
@@ -144,6 +146,7 @@ void rate(Rate *w) {
             float poison = largest >= 0x7f800000 ? NAN : 0;
             const float *weighted = w->weighted + sample * w->size;
             float *to = w->rate + sample * w->size;
+            INDEPENDENT
             for (int64_t i = 0; i < w->size; i++) to[i] = weighted[i] / total + poison;
         }
 }

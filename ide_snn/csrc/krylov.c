@@ -102,7 +102,7 @@ typedef struct {
     const Factor *factors;      /* of A, the one that is applied first at the front */
     int64_t count;              /* of them */
     const float *b, *start;     /* [groups][n] right-hand sides; added to the solutions, or NULL */
-    float *y, *residual;        /* [groups][n] */
+    float *y, *residual;        /* [groups][n]; the second may be NULL */
     const double *rhs;          /* [groups] what norms are relative to; NULL: ||b|| */
     double *norm, *length;      /* [groups] of the residual, and of y, relative to rhs; 0 where that is */
     int64_t *dimensions;        /* [groups] used: products */
@@ -226,7 +226,8 @@ static void finish(const Solve *w, Space *s) {
     w->dimensions[g] = k;
     w->norm[g] = rhs == 0 ? 0 : sqrt(dot(n, left, left)) * beta / rhs;
     w->length[g] = rhs == 0 ? 0 : length_in(n, y, rhs);
-    for (int64_t i = 0; i < n; i++) w->residual[g * n + i] = left[i] * (float)beta;
+    if (w->residual)
+        for (int64_t i = 0; i < n; i++) w->residual[g * n + i] = left[i] * (float)beta;
 }
 
 /* What all groups have in common, by the thread that finished the last of them. */

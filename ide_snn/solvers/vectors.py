@@ -138,6 +138,7 @@ class PreparedGmres:
 
     Args:
         own_memory: with scratch memory of its own, to be run at any time.
+        keep_residual: write down the residuals; otherwise that of the result is empty, and only norms are known.
     """
 
     def __init__(
@@ -149,7 +150,9 @@ class PreparedGmres:
         dimensions: int,
         *,
         own_memory: bool = False,
+        keep_residual: bool = True,
     ) -> None:
+        self._keeps_residual = keep_residual
         m, threads = dimensions, torch.get_num_threads()
         most = max([factor.together for factor in factors])
         turns = -(-groups // (most * threads))  # of every thread
@@ -178,9 +181,10 @@ class PreparedGmres:
     def take(self, b: Tensor, start: Tensor | None = None, rhs: Array | None = None) -> None:
         """What `gmres` is given, for the next run."""
         work = self._work
-        y, residual = torch.empty_like(b), torch.empty_like(b)
+        y, residual = torch.empty_like(b), torch.empty_like(b) if self._keeps_residual else b.new_empty(0)
         norm = b.new_empty(work.groups, dtype=torch.float64)
-        work.b, work.y, work.residual = b.data_ptr(), y.data_ptr(), residual.data_ptr()
+        work.b, work.y = b.data_ptr(), y.data_ptr()
+        work.residual = residual.data_ptr() if self._keeps_residual else None
         work.start, work.rhs = (None if start is None else start.data_ptr()), (None if rhs is None else rhs.ctypes.data)
         work.norm = norm.data_ptr()
         self._now = y, residual, norm, (b, start, rhs)
