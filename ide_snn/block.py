@@ -268,7 +268,7 @@ class FeedbackSNN(nn.Module):
 
     def _prepare(self, x: Tensor, generator: torch.Generator | None) -> _Moment:
         dtype = self._parameter_dtype(x)
-        self.check(x)
+        self.check(x, dtype)
         input_shape = tuple(x.shape[2 if self.input_has_time else 1 :])
         shapes = self.population_shapes(input_shape)
         batch = x.shape[1 if self.input_has_time else 0]
@@ -284,9 +284,13 @@ class FeedbackSNN(nn.Module):
     def _parameter_dtype(self, x: Tensor) -> torch.dtype:
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), x.dtype)
 
-    def check(self, x: Tensor) -> None:
-        """Raises ValueError for an input that the block cannot take, by its type, number of dimensions and values."""
-        expected = self._parameter_dtype(x)
+    def check(self, x: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Raises ValueError for an input that the block cannot take, by its type, number of dimensions and values.
+
+        Args:
+            dtype: of the parameters, where it is known.
+        """
+        expected = self._parameter_dtype(x) if dtype is None else dtype
         lead = "[T, B, ...]" if self.input_has_time else "[B, ...]"
         if x.dim() < (3 if self.input_has_time else 2):
             raise ValueError(f"input must have shape {lead}, got {list(x.shape)}")

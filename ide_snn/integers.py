@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -22,13 +24,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ide_snn import native
-from ide_snn.native import Stage
+from ide_snn.native import Stage, Stages
 from ide_snn.operators import Operator
 from ide_snn.products import product_stage
 from ide_snn.solvers.vectors import Factor
 
 TOGETHER = 256  # vectors whose whole numbers fit the second-level cache beside a block of the matrix
+MOST_KEPT = 4  # sizes of products, two of each network: forwards and backwards
 MOST_INPUTS = 4096  # whose units still leave more than two digits
+
+_own = threading.local()
 
 
 class _Pack(ctypes.Structure):
@@ -49,7 +54,7 @@ class _Whole(ctypes.Structure):
 @functools.cache
 def why_unavailable() -> str | None:
     """None where the kernels can be used, else the reason."""
-    reason = native.why_unavailable("integers") or native.why_unavailable("product")
+    reason = next(filter(None, map(native.why_unavailable, ("integers", "product", "sequence"))), None)
     if reason is None and not native.library("integers").columns():
         reason = "the processor has no instructions for products of 16-bit numbers (AVX2)"
     return reason
@@ -103,17 +108,30 @@ def multiply(x: Tensor, matrix: Tensor, *, by_outputs: bool = False) -> Tensor:
     inputs, outputs = reversed(matrix.shape) if by_outputs else matrix.shape
     assert x.shape[1:] == (inputs,)  # the kernel would read past it
     assert inputs <= MOST_INPUTS  # its sums might overflow
-    product, y = IntegerProduct(len(x), inputs, outputs, by_outputs=by_outputs), x.new_empty(len(x), outputs)
+    product, stages = _kept(len(x), inputs, outputs, by_outputs)
+    y = x.new_empty(len(x), outputs)
     product.take(x, matrix, y)
-    for stage in product.stages:
-        stage.run()
+    stages.run()
     return y
+
+
+def _kept(batch: int, inputs: int, outputs: int, by_outputs: bool) -> tuple[IntegerProduct, Stages]:
+    """Kernels of these sizes with their memory, which this thread keeps for the next step."""
+    kept: OrderedDict[tuple[int, ...], tuple[IntegerProduct, Stages]] = _own.__dict__.setdefault("kept", OrderedDict())
+    sizes = (batch, inputs, outputs, by_outputs, torch.get_num_threads())
+    if sizes not in kept:
+        if len(kept) >= MOST_KEPT:
+            kept.popitem(last=False)
+        product = IntegerProduct(batch, inputs, outputs, by_outputs=by_outputs, own_memory=True)
+        kept[sizes] = product, Stages(product.stages)
+    kept.move_to_end(sizes)
+    return kept[sizes]
 
 
 def apply(operator: Operator, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
     """`operator.apply` of a linear operator, and its gradient in the weight, in whole numbers; differentiable once."""
     y: Tensor = _Linear.apply(x, weight)
-    return y if bias is None else y + bias
+    return y if bias is None else y.add_(bias)  # nobody else has it
 
 
 class _Linear(torch.autograd.Function):

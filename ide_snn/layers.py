@@ -233,7 +233,12 @@ class FixedConnection:
             y = normalise(owner.bn, y, statistics, update_running=update_running)
         if owner.pool > 1:
             y = F.avg_pool2d(y, owner.pool)
-        return y if self.gain is None else y * self.gain
+        if self.gain is None:
+            return y
+        # of torch's batch norm nobody needs the result but a hook that has kept it
+        bn = owner.bn
+        in_place = bn is not None and type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d) and not bn._forward_hooks
+        return y.mul_(self.gain) if in_place and y.dtype == self.gain.dtype else y * self.gain
 
     @cached_property
     def frozen(self) -> Affine | OpaqueAffine:
