@@ -12,13 +12,12 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.modules import module as every_module
 from torch.nn.utils import parametrize
 
 from ide_snn import native
 from ide_snn.dropout import VariationalDropout
 from ide_snn.implicit import Implicit, SolveHook
-from ide_snn.layers import Connection, FixedConnection
+from ide_snn.layers import GLOBAL_HOOKS, HOOKS, Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, require_finite
 from ide_snn.operators import Operator
 from ide_snn.optimizations import SpectralMatrix, SpectralMatrixFirstDim, get_constraint, raw_weight
@@ -36,12 +35,6 @@ MOST_PLANS = 4  # sizes of batches and other settings whose buffers are kept
 # of connections, dropout, batch norm and constraints, as long as they are those that are known; "forward" is where
 # somebody has put a function of his own in its place
 SETTINGS = ("training", "pool", "p", "eps", "momentum", "track_running_stats", "bound", "forward")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-# hooks of all modules (`torch.nn.modules.module.register_module_forward_hook` and its like): torch keeps these dicts
-GLOBAL_HOOKS = tuple(
-    getattr(every_module, f"_global_{kind}_hooks") for kind in ("forward_pre", "forward", "backward_pre", "backward")
-)
 
 
 class Block(Protocol):

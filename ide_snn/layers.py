@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 from torch.nn.utils import parametrize
 
 from ide_snn.dropout import VariationalDropout
@@ -37,6 +38,12 @@ from ide_snn.optimizations import constrain, get_constraint, raw_weight, update_
 from ide_snn.precision import without_autocast
 
 Apply = Callable[[Operator, Tensor, Tensor, Tensor | None], Tensor]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# hooks of all modules (`torch.nn.modules.module.register_module_forward_hook` and its like): torch keeps these dicts
+GLOBAL_HOOKS = tuple(
+    getattr(every_module, f"_global_{kind}_hooks") for kind in ("forward_pre", "forward", "backward_pre", "backward")
+)
 
 
 class Connection(nn.Module):
@@ -237,7 +244,7 @@ class FixedConnection:
             return y
         # of torch's batch norm nobody needs the result but a hook that has kept it
         bn = owner.bn
-        in_place = bn is not None and type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d) and not bn._forward_hooks
+        in_place = bn is not None and type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d) and not has_hooks(bn)
         return y.mul_(self.gain) if in_place and y.dtype == self.gain.dtype else y * self.gain
 
     @cached_property
@@ -340,6 +347,11 @@ class OpaqueAffine:
     @property
     def is_silent_at_zero(self) -> bool:
         return False
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True where somebody looks at what a module is given or returns, forwards or backwards."""
+    return any(module.__dict__[kind] for kind in HOOKS) or any(GLOBAL_HOOKS)
 
 
 def cached_weights() -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterator
@@ -72,6 +73,22 @@ def test_forward_and_solve_are_in_the_scope_of_their_precision(monkeypatch) -> N
     block(example_input("conv").float()).sum().backward()
     enter, leave = ("fast", "cpu", "in"), ("fast", "cpu", "out")
     assert seen == [enter, "simulated", leave, enter, leave, "solved"]
+
+
+@pytest.mark.parametrize("where", ["input", "layer"])
+def test_a_backward_hook_of_a_batch_norm_is_called(where: str) -> None:
+    found, x = [], example_input("multilayer").float()
+    start = warmed_up(small_block("multilayer", dropout=0.0, solver=Gmres(1e-4))).float()  # masks follow the layout
+    for precision in ("float32", "exact"):
+        block = copy.deepcopy(start)
+        block.precision = precision
+        norm = (block.input if where == "input" else block.layers[0]).bn
+        norm.register_full_backward_hook(lambda _m, given, _: (3 * given[0], *given[1:]))
+        rates = block(x, generator=torch.Generator().manual_seed(0))
+        (rates * torch.linspace(-1, 2, rates.numel()).view_as(rates)).sum().backward()
+        found.append([p.grad for p in block.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)  # biases in front of batch norm: rounding
 
 
 def test_what_a_hook_of_a_batch_norm_has_kept_is_not_overwritten() -> None:
