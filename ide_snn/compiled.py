@@ -140,8 +140,10 @@ class CompiledSteps:
 
 def _suits(readout: nn.Linear, block: Block) -> bool:
     """True where a layer behind the block can be part of its step: not where nothing in front of it is trained."""
-    features = cast(Tensor, block.feedback.op.weight).shape[0]
-    return suits(readout, features) and any(p.requires_grad for p in block.parameters())
+    operator = block.feedback.operator
+    if operator is None or operator.kind != "linear":
+        return False
+    return suits(readout, operator.out_channels) and any(p.requires_grad for p in block.parameters())
 
 
 def _path_or_reason(block: Block, x: Tensor) -> str:

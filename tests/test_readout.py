@@ -14,7 +14,8 @@ from networks import LIF
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from ide_snn import Gmres, SNNIDEFCNet, native
+from ide_snn import FeedbackSNN, Gmres, SNNIDEFCNet, native
+from ide_snn.models import FeedbackClassifier
 from ide_snn.native import Stages
 from ide_snn.readout import MOST_OUTPUTS, Readout, is_plain, suits
 
@@ -187,3 +188,11 @@ def test_the_gradient_of_the_input_passes_through() -> None:
         (net(x, generator=generator) * weights).t().sum().backward()
         found.append(x.grad)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_feedback_of_ones_own_has_no_weight_to_look_at() -> None:
+    feedback = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    block = FeedbackSNN(input=nn.Linear(4, 6), feedback=feedback, precision="exact", compile=True)
+    net = FeedbackClassifier(block, (4,), 3)
+    net(torch.randn(5, 4)).sum().backward()
+    assert not any(plan for plan in block._compiled._plans.values() if not isinstance(plan[0], str))
