@@ -16,6 +16,7 @@ Event-driven paths only (float32 on a CPU).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class _Chain(torch.autograd.Function):
             wanted = (False, needed[2 * number], needed[2 * number + 1])
             if affine.operator.kind == "linear":
                 to_bias = d.sum(0) if wanted[2] else None
-                gradients[2 * number : 2 * number + 2] = _outer(d, x) if wanted[1] else None, to_bias
+                to_weight = _outer(d, x, rounded=f.takes_integers) if wanted[1] else None
+                gradients[2 * number : 2 * number + 2] = to_weight, to_bias
             else:
                 found = operator_gradients(affine.operator, x, d, affine.weight, wanted, rounded=f.rounds_convolutions)
                 gradients[2 * number : 2 * number + 2] = found[1:]
@@ -96,8 +98,17 @@ class _Chain(torch.autograd.Function):
         return None, None, None, None, v * first if ctx.needs_input_grad[4] else None, *gradients
 
 
-def _outer(d: Tensor, x: Tensor) -> Tensor:
-    """d^T x [N, M] for d [B, N] and x [B, M], by a product that skips the zeros of d: most neurons' slopes are 0."""
+def _outer(d: Tensor, x: Tensor, *, rounded: bool) -> Tensor:
+    """d^T x [N, M] for d [B, N] and x [B, M], by a product that skips the zeros of d: most neurons' slopes are 0.
+
+    Args:
+        rounded: in whole numbers, where the batch is not too large for them.
+    """
+    return of_rates(x, rounded=rounded).adjoint(d.t())
+
+
+def of_rates(x: Tensor, *, rounded: bool) -> DenseMap:
+    """The map whose adjoint is d -> d^T x, with arguments as in `_outer`."""
     samples, inputs = x.shape
-    rates = Affine(Operator("linear", inputs, samples), x, None, 1, None, (inputs,))
-    return DenseMap(rates).adjoint(d.t())
+    plain = DenseMap(Affine(Operator("linear", inputs, samples), x, None, 1, None, (inputs,)))
+    return replace(plain, rounded=rounded and plain.can_be_rounded)

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
 
-from ide_snn import native
+from ide_snn import integers, native
 from ide_snn.dropout import VariationalDropout
 from ide_snn.implicit import Implicit, SolveHook
 from ide_snn.layers import GLOBAL_HOOKS, HOOKS, Connection, FixedConnection
@@ -279,5 +279,6 @@ def _parts(block: Block, path: Path, readout: nn.Linear | None) -> Parts:
         solver=cast(Gmres, block.solver),
         path=path,
         in_integers=block.takes_integers(path),
+        is_rounded=block.precision == "fast" and integers.why_unavailable() is None,
         readout=readout,
     )

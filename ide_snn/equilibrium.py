@@ -14,12 +14,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ide_snn import convolutions
+from ide_snn import convolutions, integers
 from ide_snn.convolutions import SPARSE_BESIDE_BFLOAT16, RoundedMap, is_sparse
 from ide_snn.dense import DenseMap
 from ide_snn.event_driven import EventMap, channels_last
@@ -93,6 +93,11 @@ class EquilibriumMap:
     def couples_samples(self) -> bool:
         """True where f with batch statistics makes a sample's rates depend on the others'."""
         return any(link.connection.uses_batch_statistics for link in self.chain)
+
+    @property
+    def takes_integers(self) -> bool:
+        """True where fully connected connections may be in 16-bit whole numbers, as `DenseMap(..., rounded=True)`."""
+        return self.precision == "fast" and self.path in EVENT_PATHS and integers.why_unavailable() is None
 
     @property
     def rounds_convolutions(self) -> bool:
@@ -234,8 +239,10 @@ class EquilibriumMap:
         factors = rough = None
         if native and not coupled and isinstance(jacobian, AnalyticLinearisation):
             factors = jacobian.transposed_factors()
-            rounded = jacobian.rounded() if self.rounds_convolutions else None
-            rough = None if rounded is None else Rough(rounded.rmatvec, BFLOAT16_NOISE)
+            rounded = jacobian.in_whole_numbers() if self.takes_integers else None
+            if rounded is None and self.rounds_convolutions:
+                rounded = jacobian.in_bfloat16()
+            rough = None if rounded is None else rounded.as_rough()
         g = g if factors is None else channels_last(g)  # the order in memory that the kernels read
         ahead = None if self.ahead is None or coupled else self.ahead(jacobian)
         return LinearProblem(jacobian.rmatvec, g, coupled, native, factors, rough, ahead)
@@ -282,10 +289,23 @@ class AnalyticLinearisation:
 
         return factors
 
-    def rounded(self) -> AnalyticLinearisation | None:
+    def in_whole_numbers(self) -> AnalyticLinearisation | None:
+        """With J^T of fully connected maps rounded to 16-bit whole numbers; None where there are others."""
+        if not all(isinstance(link, DenseMap) and link.can_be_rounded for link in self.maps):
+            return None
+        return replace(self, maps=tuple(replace(cast(DenseMap, link), rounded=True) for link in self.maps))
+
+    def in_bfloat16(self) -> AnalyticLinearisation | None:
         """With products in bfloat16; None where that is not faster than walks over what all the slopes leave."""
-        maps = tuple(map(_rounded, self.maps, self.slopes))
-        return AnalyticLinearisation(maps, self.slopes) if all(isinstance(link, RoundedMap) for link in maps) else None
+        if not all(map(_suits_bfloat16, self.maps, self.slopes)):
+            return None
+        return replace(self, maps=tuple(RoundedMap(cast(EventMap, link).affine) for link in self.maps))
+
+    def as_rough(self) -> Rough:
+        """J^T of rounded maps, as solves have it."""
+        linear = [link for link in self.maps if isinstance(link, DenseMap)]
+        noise = sum(integers.noise(len(link.affine.weight)) for link in linear) if linear else BFLOAT16_NOISE
+        return Rough(self.rmatvec, noise, self.transposed_factors())
 
     def matvec(self, w: Tensor) -> Tensor:
         with torch.no_grad():
@@ -301,10 +321,10 @@ class AnalyticLinearisation:
         return v.to(dtype)  # of rounded maps it is bfloat16
 
 
-def _rounded(link: LinearMap, slope: Tensor) -> LinearMap:
+def _suits_bfloat16(link: LinearMap, slope: Tensor) -> bool:
     if not isinstance(link, EventMap) or not link.affine.operator.suits_onednn:
-        return link
-    return link if is_sparse(slope, SPARSE_BESIDE_BFLOAT16) else RoundedMap(link.affine)
+        return False
+    return not is_sparse(slope, SPARSE_BESIDE_BFLOAT16)
 
 
 @dataclass(frozen=True)

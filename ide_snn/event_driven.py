@@ -115,7 +115,7 @@ class EventConnection:
         targets = (self.weight, None, None) if self.unit is None else (None, self.weight, self.unit)
         work = works.Pack(
             *(taps, self.in_channels, self.out_channels, *strides, self.block, self.blocks, 0),
-            *(_pointer(tensor) for tensor in (weight, *targets)),
+            *(_pointer(tensor) for tensor in (weight, None, *targets)),
             LEVELS,
         )
         return Stage("events", "pack", work, self.weight.numel(), (weight, self.weight, self.unit))

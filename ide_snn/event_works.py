@@ -29,7 +29,7 @@ class Pack(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("taps", "in_channels", "out_channels", "in_stride", "out_stride")),
         *((name, ctypes.c_int64) for name in ("block", "blocks", "next")),
-        *((name, ctypes.c_void_p) for name in ("weight", "packed", "levels", "unit")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "packed", "levels", "unit")),
         ("largest", ctypes.c_int64),
     ]
 

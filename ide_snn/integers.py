@@ -1,4 +1,4 @@
-"""Products with the weight of a fully connected input stage in whole numbers (`csrc/integers.c`), for `precision=fast`.
+"""Products of fully connected layers in whole numbers (`csrc/integers.c`), for `precision=fast`.
 
 A product of 16-bit numbers with 32-bit sums costs half of one in float32. Both factors are written as whole multiples
 of units, one per sample of x and one per output of the matrix M,
@@ -9,6 +9,9 @@ of units, one per sample of x and one per output of the matrix M,
 for n inputs, rounded to nearest. No sum of any x exceeds 32 bits, so sums are exact, in any order and on any number of
 threads. An x is moved by at most 1.2e-4 of the largest of its sample, a weight by at most n / 10^6 of its output's mean
 |M_pj| or 1.5e-5 of the largest: so n is limited to 4,096.
+
+The input stage and its gradient take them (`multiply`), and where the slopes leave zeros in x, which are skipped, the
+products with J^T in solves of a loose tolerance and the gradient of the feedback (`rows_factor`).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import ctypes
 import functools
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +33,9 @@ from ide_snn.operators import Operator
 from ide_snn.products import product_stage
 from ide_snn.solvers.vectors import Factor
 
-TOGETHER = 256  # vectors whose whole numbers fit the second-level cache beside a block of the matrix
+TOGETHER = 256  # vectors whose whole numbers fit the second-level cache beside a block of the matrix,
+FEW_TOGETHER = 32  # and with the places of those that are not 0 the first
+SPARE = 7  # of csrc/vectors.h
 MOST_KEPT = 4  # sizes of products, two of each network: forwards and backwards
 MOST_INPUTS = 4096  # whose units still leave more than two digits
 
@@ -38,8 +44,8 @@ _own = threading.local()
 
 class _Pack(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "blocks", "by_outputs")),
-        *((name, ctypes.c_void_p) for name in ("matrix", "packed", "unit")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "blocks", "by_outputs", "apart")),
+        *((name, ctypes.c_void_p) for name in ("matrix", "scale", "packed", "unit")),
         ("next", ctypes.c_int64),
     ]
 
@@ -47,7 +53,7 @@ class _Pack(ctypes.Structure):
 class _Whole(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
-        *((name, ctypes.c_void_p) for name in ("packed", "unit")),
+        *((name, ctypes.c_void_p) for name in ("packed", "unit", "scale")),
     ]
 
 
@@ -80,23 +86,54 @@ class IntegerProduct:
     def __init__(
         self, batch: int, inputs: int, outputs: int, *, by_outputs: bool = False, own_memory: bool = False
     ) -> None:
-        columns = int(native.library("integers").columns())
-        pairs, blocks = -(-inputs // 2), -(-outputs // columns)
-        packed, unit = torch.empty(blocks, pairs, columns, dtype=torch.int32), torch.empty(blocks * columns)
-        pointers = packed.data_ptr(), unit.data_ptr()
-        pack = _Pack(inputs, outputs, blocks, by_outputs, None, *pointers, 0)
-        whole, each = _Whole(inputs, outputs, *pointers), 4 * pairs
+        packing = _packing(inputs, outputs, by_outputs=by_outputs)
+        packed, unit = packing.keep
+        whole, each = _Whole(inputs, outputs, packed.data_ptr(), unit.data_ptr(), None), 4 * -(-inputs // 2)
         factor = Factor("integers", "multiply", whole, (packed, unit), outputs, TOGETHER, scratch_each=each)
-        self.stages = (
-            Stage("integers", "pack", pack, inputs * outputs, (packed, unit)),
-            product_stage(factor, batch, inputs, own_memory=own_memory),
-        )
+        self.stages = packing, product_stage(factor, batch, inputs, own_memory=own_memory)
 
     def take(self, x: Tensor, matrix: Tensor, y: Tensor) -> None:
         """Multiply x with the matrix into y [B, outputs] from now on; they must stay."""
         packing, multiplying = self.stages
         packing.work.matrix = matrix.data_ptr()
         multiplying.work.x, multiplying.work.y = x.data_ptr(), y.data_ptr()
+
+
+def _packing(inputs: int, outputs: int, *, by_outputs: bool = False, apart: bool = False) -> Stage:
+    """The kernel that writes a matrix, whose address is still to be set, in whole numbers; `keep`: (they, units)."""
+    columns = int(native.library("integers").columns())
+    pairs, blocks = -(-inputs // 2), -(-outputs // columns)
+    packed, unit = torch.empty(blocks, pairs, columns, dtype=torch.int32), torch.empty(blocks * columns)
+    work = _Pack(inputs, outputs, blocks, by_outputs, apart, None, None, packed.data_ptr(), unit.data_ptr(), 0)
+    return Stage("integers", "pack", work, inputs * outputs, (packed, unit))
+
+
+def noise(inputs: int) -> float:
+    """||error of x M|| in units of ||M|| ||x||, or so: that of x, and that of M, whose units grow with the inputs."""
+    return 3e-4 + 4e-7 * inputs
+
+
+def rows_packing(matrix: Tensor) -> Stage:
+    """The kernel that writes a contiguous M [inputs, outputs] in whole numbers for `rows_factor`, which has run once.
+
+    At most MOST_INPUTS inputs. `work.scale` may be the address of a float32 that M is multiplied by.
+    """
+    assert len(matrix) <= MOST_INPUTS  # sums might overflow
+    stage = _packing(*matrix.shape, apart=True)
+    stage.work.matrix = matrix.data_ptr()
+    stage.run()
+    return replace(stage, keep=(*stage.keep, matrix))
+
+
+def rows_factor(packing: Stage, scale: Tensor | None) -> Factor:
+    """x -> (scale * x) M of single vectors [inputs], skipping zeros, for the M of a `rows_packing`."""
+    (packed, unit, matrix), scale = packing.keep, None if scale is None else scale.contiguous()
+    inputs, outputs = matrix.shape
+    pointers = packed.data_ptr(), unit.data_ptr(), None if scale is None else scale.data_ptr()
+    room = 4 * (inputs + 1 + SPARE)
+    each, keep = room + 4 * -(-inputs // 2), (packed, unit, scale)
+    work = _Whole(inputs, outputs, *pointers)
+    return Factor("integers", "multiply_thin", work, keep, outputs, FEW_TOGETHER, room, each)
 
 
 def multiply(x: Tensor, matrix: Tensor, *, by_outputs: bool = False) -> Tensor:

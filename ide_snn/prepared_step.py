@@ -26,17 +26,18 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ide_snn import event_driven, spectral
+from ide_snn import event_driven, integers, spectral
+from ide_snn.chain import of_rates
 from ide_snn.dense import DenseMap
 from ide_snn.dropout import VariationalDropout
-from ide_snn.equilibrium import AnalyticLinearisation
 from ide_snn.event_driven import EventConnection
 from ide_snn.firing import fire_stage, rate_stage
 from ide_snn.implicit import SolveHook, report
@@ -49,15 +50,15 @@ from ide_snn.optimizations import SpectralMatrix
 from ide_snn.products import product_stage
 from ide_snn.readout import Readout
 from ide_snn.simulation import Path
-from ide_snn.solvers import Gmres, LinearProblem, Solution, solve
-from ide_snn.solvers.vectors import PreparedGmres
+from ide_snn.solvers import Gmres, LinearProblem, Rough, Solution, solve
+from ide_snn.solvers.vectors import Factor, PreparedGmres
 
 
 class _Forward(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("samples", "features", "next")),
         *((name, ctypes.c_void_p) for name in ("x", "bias", "gain", "gamma", "beta", "mean", "scale")),
-        *((name, ctypes.c_void_p) for name in ("running_mean", "running_var")),
+        *((name, ctypes.c_void_p) for name in ("running_mean", "running_var", "batches")),
         *((name, ctypes.c_double) for name in ("eps", "momentum")),
         ("drive", ctypes.c_void_p),
     ]
@@ -89,6 +90,7 @@ class Parts:
     solver: Gmres
     path: Path
     in_integers: bool  # products of the input stage, see `ide_snn.integers`
+    is_rounded: bool  # loose solves and the gradient of the feedback may be in whole numbers, too
     readout: nn.Linear | None  # of the rates
 
     @property
@@ -170,23 +172,26 @@ class _Slot:
         # transposed, as products take it
         self.to_response, self.to_y_turned = (t.view(features, batch) for t in (self.membrane, self.of_feedback))
         weighing = self._lay_out_weight(raw)
-        affine = Affine(parts.operator, self.weight, b, 1, self.gains[1], (features,))
+        affine = Affine(parts.operator, raw, b, 1, self.gains[1], (features,))
         self._lay_out_forward(weighing, affine)
         self._lay_out_backward(affine, batch)
 
     def _lay_out_weight(self, raw: Tensor) -> list[Stage]:
-        """The stages that compute the weight in use."""
-        constraint, self.pull = self.parts.constraint, None
-        self.weight = raw
+        """The stages behind which `self.factor` is the address of what the weight is multiplied by to be in use."""
+        constraint, self.pull, self.factor = self.parts.constraint, None, None
         if constraint is None:
             return []
-        self.weight, self.bound, alpha = torch.empty_like(raw), constraint.bound, constraint.alpha.detach()
-        self.largest_alpha = alpha.new_tensor(self.bound).item()  # the bound as alpha's type has it
-        self.step = spectral.step_stage(raw, constraint.u, constraint.v)
-        self.scaled = spectral.scaled_stage(raw, alpha, self.bound, self.step, self.weight)
-        self.u, self.v = constraint.u.clone(), constraint.v.clone()  # those of this step: the next one changes them
-        self.pull = spectral.pull_stage(raw, raw, self.u, self.v, raw)  # of a cotangent that each step has anew
-        return [self.step, self.scaled]
+        alpha = constraint.alpha.detach()
+        self.largest_alpha = alpha.new_tensor(constraint.bound).item()  # the bound as alpha's type has it
+        u, v = constraint.u.clone(), constraint.v.clone()  # those of this step: the next one changes them
+        self.weighing, self.factor = spectral.weighing_stage(raw, constraint, alpha, u, v)
+        self.pull = spectral.pull_stage(raw, raw, u, v, raw)  # of a cotangent that each step has anew
+        return [self.weighing]
+
+    def _in_use(self, packing: Stage) -> Stage:
+        """Of the weight in use."""
+        packing.work.scale = self.factor
+        return packing
 
     def _lay_out_forward(self, weighing: list[Stage], affine: Affine) -> None:
         neuron, steps, (of_input, of_feedback) = self.parts.neuron, self.parts.time_steps, self.gains
@@ -195,7 +200,7 @@ class _Slot:
             None if gain is None else dropout.draw_stage(gain)
             for gain, dropout in zip(self.gains, self.parts.dropouts, strict=True)
         ]
-        before = [*weighing, connection.packing, *filter(None, self.draws)]
+        before = [*weighing, self._in_use(connection.packing), *filter(None, self.draws)]
         response, total = self.of_feedback, neuron.total_weight(steps)
         states = [_State(self.membrane, torch.empty_like(self.y, dtype=torch.uint8), self.rates, response)]
         simulation = event_driven.simulation_stage(
@@ -218,7 +223,7 @@ class _Slot:
 
     def _normalisation(self, gain: Tensor | None) -> Stage:
         bn, (_, b_in, gamma, beta, *_) = self.parts.bn, self.values
-        running = (None, None) if bn is None else (bn.running_mean, bn.running_var)
+        running = (None,) * 3 if bn is None else (bn.running_mean, bn.running_var, bn.num_batches_tracked)
         settings = (0.0, 0.0) if bn is None else (bn.eps, cast(float, bn.momentum))
         tensors = (self.y, b_in, gain, gamma, beta, self.mean, self.scale, *running)
         work = _Forward(*self.y.shape, 0, *map(_pointer, tensors), *settings, self.drive.data_ptr())
@@ -226,21 +231,19 @@ class _Slot:
 
     def _lay_out_backward(self, affine: Affine, batch: int) -> None:
         solver, features, gamma = self.parts.solver, affine.operator.out_channels, self.values[2]
-        dense = DenseMap(affine)
-        self.jacobian = AnalyticLinearisation((dense,), (self.slope,))
-        self.factors = (dense.adjoint_factor(self.slope),)
-        self.terms, dimensions = solver.terms(torch.float32), min(solver.restart, solver.max_steps)
+        packing, factors = self._choose_products(affine)
+        dimensions = min(solver.restart, solver.max_steps)
         self.gmres = PreparedGmres(
-            self.factors, batch, features, self.terms, dimensions, own_memory=True, keep_residual=False
+            factors, batch, features, self.terms, dimensions, own_memory=True, keep_residual=False
         )
         of_readout = () if self.readout is None else self.readout.back
-        self.third = Stages([*of_readout, dense.packing, self.gmres.stage])
+        self.third = Stages([*of_readout, packing, self.gmres.stage])
         tensors = (None, self.slope, self.through, self.y, self.gains[0], gamma, self.mean, self.scale)
         results = (self.to_response, self.to_y, self.to_y_turned)
         self.back = _Backward(batch, features, 0, *map(_pointer, (*tensors, *results)))
         back = Stage("features", "backward", self.back, 4 * self.y.numel(), (*tensors, *results))
         # the weight's cotangent d^T a, by a product that skips the zeros of d
-        rates = DenseMap(Affine(Operator("linear", features, batch), self.rates, None, 1, None, (features,)))
+        rates = of_rates(self.rates, rounded=self.parts.is_rounded)
         self.product = product_stage(rates.adjoint_factor(None), features, batch, own_memory=True)
         self.product.work.x = self.to_response.data_ptr()
         stages = [back, rates.packing, self.product, *([] if self.pull is None else [self.pull])]
@@ -248,6 +251,16 @@ class _Slot:
         if self.parts.in_integers and batch <= MOST_INPUTS:  # its sums are over the samples
             self.to_w_in = IntegerProduct(features, batch, self._w_in.shape[1], own_memory=True)
             self.fifth = Stages([*stages, *self.to_w_in.stages])
+
+    def _choose_products(self, affine: Affine) -> tuple[Stage, tuple[Factor, ...]]:
+        """(the kernel that packs the weight, J^T) for the solve; in whole numbers where its tolerance allows that."""
+        self.exact, self.rough = DenseMap(replace(affine, gain=None)), None  # the slope has the gain
+        solver, rounded = self.parts.solver, replace(self.exact, rounded=True)
+        if self.parts.is_rounded and self.exact.can_be_rounded:
+            noise = integers.noise(affine.operator.out_channels)
+            self.rough = solver.allowed(Rough(partial(rounded.adjoint, scale=self.slope), noise))
+        self.terms, used = solver.terms(torch.float32, self.rough), self.exact if self.rough is None else rounded
+        return self._in_use(used.packing), (used.adjoint_factor(self.slope),)
 
     def draw(self, x: Tensor, generator: Generator | None) -> None:
         """The keys of this step's masks."""
@@ -258,22 +271,17 @@ class _Slot:
 
     def forward(self, x: Tensor) -> Tensor:
         """The rates of inputs x [B, inputs], or the readout's logits."""
-        bn, constraint, logits = self.parts.bn, self.parts.constraint, None
+        logits = None
         if self.readout is not None:
             logits = self.rates.new_empty(len(self.rates), self.readout.outputs)
             self.readout.take(logits)
         if self.response is not None:
             self.response.take(x, self._w_in, self.y)
         self.forth[0].run()
-        if constraint is not None:
-            self.u.copy_(constraint.u)
-            self.v.copy_(constraint.v)
         if self.response is None:
             torch.mm(x.detach(), self._w_in.t(), out=self.y)
         for stages in self.forth[1:]:
             stages.run()
-        if bn is not None and bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
         return self.rates.clone() if logits is None else logits  # the user's, who may change it
 
     def to_rates(self, cotangent: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -288,24 +296,32 @@ class _Slot:
         """v with (I - J^T) v = g for the g of `to_rates`."""
         self.gmres.take(g)
         self.third.run()
-        run = self.gmres.result()
-        if self.terms.trust(run) and run.worst <= self.parts.solver.tol:
+        run, solver = self.gmres.result(), self.parts.solver
+        if self.rough is None:
+            is_sure = self.terms.trust(run) and run.worst <= solver.tol
+        else:
+            run, is_sure = solver.judged(run, self.terms, self.rough)
+        if is_sure:
             return Solution.of(run, run.y)
-        problem = LinearProblem(self.jacobian.rmatvec, g, native=True, factors=lambda: self.factors)
-        return solve(problem, self.parts.solver)
+        if self.rough is not None:
+            self._in_use(self.exact.packing).run()  # which was not needed so far
+        factors = (self.exact.adjoint_factor(self.slope),)
+        adjoint = partial(self.exact.adjoint, scale=self.slope)
+        return solve(LinearProblem(adjoint, g, native=True, factors=lambda: factors), solver)
 
     def backward(self, v: Tensor, x: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
         """Cotangents of x and the block's parameters from the solution v."""
-        _, b_in, gamma, beta, _, alpha, b, *_ = self.values
+        _, b_in, gamma, beta, raw, alpha, b, *_ = self.values
+        assert raw is not None  # as above
         vectors = [None if p is None else torch.empty_like(p) for p in (gamma, beta, b_in, b)]
-        to_raw, to_alpha = torch.empty_like(self.weight), None
+        to_raw, to_alpha = torch.empty_like(raw), None
         self.back.v = v.data_ptr()
         self.back.to_gamma, self.back.to_beta, self.back.to_bias, self.back.to_feedback_bias = map(_pointer, vectors)
         self.product.work.y = to_raw.data_ptr()
         if self.pull is not None:
             work = self.pull.work
             work.g = work.result = to_raw.data_ptr()
-            work.s, work.scale = self.step.work.s, self.scaled.work.scale
+            work.s, work.scale = self.weighing.work.s, self.weighing.work.factor
         to_w_in = torch.empty_like(self._w_in) if needed[1] else None
         if to_w_in is not None and self.to_w_in is not None:
             self.to_w_in.take(self.to_y_turned, cast(Tensor, x), to_w_in)

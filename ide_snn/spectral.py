@@ -6,6 +6,7 @@ The kernels (`csrc/spectral.c`) are for float32 on a CPU.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,18 +25,11 @@ class _Phase(ctypes.Structure):
 class _Work(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "columns")),
-        *((name, ctypes.c_void_p) for name in ("matrix", "u", "v", "g", "result", "sums")),
-        *((name, ctypes.c_double) for name in ("s", "scale", "p")),
+        *((name, ctypes.c_void_p) for name in ("matrix", "u", "v", "kept_u", "kept_v", "g", "result", "sums", "alpha")),
+        *((name, ctypes.c_double) for name in ("bound", "s", "scale", "p")),
+        ("factor", ctypes.c_float),
         ("padding", ctypes.c_int64 * 8),
         ("phases", _Phase * 3),
-    ]
-
-
-class _Scaled(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("size", "next")),
-        *((name, ctypes.c_void_p) for name in ("from_", "alpha", "to", "s")),
-        *((name, ctypes.c_double) for name in ("bound", "scale")),
     ]
 
 
@@ -68,11 +62,17 @@ def step_stage(matrix: Tensor, u: Tensor, v: Tensor) -> Stage:
     return Stage("spectral", "step", work, 2 * matrix.numel(), keep)
 
 
-def scaled_stage(matrix: Tensor, alpha: Tensor, bound: float, step: Stage, result: Tensor) -> Stage:
-    """result = scale M with scale = clip(alpha, -bound, bound) / s for the s of `step`; `work.scale` is it."""
-    s = ctypes.addressof(step.work) + _Work.s.offset
-    work = _Scaled(matrix.numel(), 0, matrix.data_ptr(), alpha.data_ptr(), result.data_ptr(), s, bound, 0)
-    return Stage("spectral", "scaled", work, 2 * matrix.numel(), (matrix, alpha, step, result))
+def weighing_stage(matrix: Tensor, norm: MatrixNorm, alpha: Tensor, u: Tensor, v: Tensor) -> tuple[Stage, int]:
+    """(`step_` of the norm's u and v, the address of the float32 clip(alpha, -c, c) / s that it finds).
+
+    Args:
+        u, v: take what it makes of them, too.
+    """
+    stage = step_stage(matrix, norm.u, norm.v)
+    work = stage.work
+    work.kept_u, work.kept_v, work.alpha, work.bound = u.data_ptr(), v.data_ptr(), alpha.data_ptr(), norm.bound
+    factor = ctypes.addressof(work) + int(_Work.factor.offset)
+    return replace(stage, keep=(*stage.keep, alpha, u, v)), factor
 
 
 def pull_stage(g: Tensor, matrix: Tensor, u: Tensor, v: Tensor, result: Tensor) -> Stage:
@@ -85,7 +85,7 @@ def pull_stage(g: Tensor, matrix: Tensor, u: Tensor, v: Tensor, result: Tensor) 
 def _work(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[_Work, tuple[Any, ...]]:
     """The second is what the first points to."""
     sums = np.empty(sum(matrix.shape))
-    pointers = (matrix.data_ptr(), u.data_ptr(), v.data_ptr(), None, None, sums.ctypes.data)
+    pointers = (matrix.data_ptr(), u.data_ptr(), v.data_ptr(), *(None,) * 4, sums.ctypes.data, None)
     return _Work(*matrix.shape, *pointers), (matrix, u, v, sums)
 
 

@@ -196,7 +196,7 @@ def test_verdicts_are_on_what_is_not_rounded(strength: float) -> None:
     slope = (slope / slope.mean()).contiguous(memory_format=torch.channels_last)
     g = torch.rand(shape, generator=generator).contiguous(memory_format=torch.channels_last)
     jacobian = AnalyticLinearisation((EventMap(affine),), (slope,))
-    rounded = jacobian.rounded()
+    rounded = jacobian.in_bfloat16()
     assert rounded is not None
     factors, rough = jacobian.transposed_factors(), Rough(rounded.rmatvec, BFLOAT16_NOISE)
     solution = solve(LinearProblem(jacobian.rmatvec, g, False, True, factors, rough), Gmres(1e-2))
@@ -208,8 +208,8 @@ def test_verdicts_are_on_what_is_not_rounded(strength: float) -> None:
 
 def test_training_takes_them(monkeypatch) -> None:
     seen = []
-    rounded = AnalyticLinearisation.rounded
-    monkeypatch.setattr(AnalyticLinearisation, "rounded", lambda self: (seen.append(rounded(self)), seen[-1])[1])
+    rounded = AnalyticLinearisation.in_bfloat16
+    monkeypatch.setattr(AnalyticLinearisation, "in_bfloat16", lambda self: (seen.append(rounded(self)), seen[-1])[1])
     monkeypatch.setattr(convolutions, "SPARSE_BESIDE_BFLOAT16", 0.0)  # whatever the slopes are
     monkeypatch.setattr(equilibrium, "SPARSE_BESIDE_BFLOAT16", 0.0)
     products = []

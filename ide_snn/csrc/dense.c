@@ -30,6 +30,7 @@ int64_t columns(void) { return COLUMNS; }
 typedef struct {
     int64_t inputs, outputs, blocks;
     const float *weight; /* [inputs][outputs] */
+    const float *scale;  /* what it is multiplied by, or NULL */
     float *packed;       /* as in Dense */
     int64_t next;        /* block to be taken by the next thread; starts at 0 */
 } Pack;
@@ -41,13 +42,15 @@ static inline void copy(float *to, const float *from, int64_t n) {
 }
 
 void pack(Pack *w) {
+    float scale = w->scale ? *w->scale : 1;
     for (int64_t b; (b = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->blocks;) {
         int64_t left = w->outputs - b * COLUMNS, n = left < 0 ? 0 : left < COLUMNS ? left : COLUMNS;
         const float *from = w->weight + b * COLUMNS;
         float *to = w->packed + b * w->inputs * COLUMNS;
         for (int64_t p = 0; p < w->inputs; p++, from += w->outputs, to += COLUMNS) {
-            if (n) copy(to, from, n);
-            for (int64_t j = n; j < COLUMNS; j++) to[j] = 0;
+            Lanes row[VECTORS] = {0};
+            if (n) copy((float *)row, from, n);
+            for (int j = 0; j < VECTORS; j++) ((Lanes *)to)[j] = scale * row[j];
         }
     }
 }

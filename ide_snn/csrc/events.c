@@ -226,20 +226,22 @@ typedef struct {
     int64_t taps, in_channels, out_channels;
     int64_t in_stride, out_stride; /* of the weight; taps are contiguous */
     int64_t block, blocks, next;   /* next: block to be taken by the next thread; starts at 0 */
-    const float *weight;
+    const float *weight, *scale;   /* what the weight is multiplied by, or NULL */
     float *packed;                 /* [blocks][taps][in_channels][block], zero behind out_channels; or */
     int16_t *levels;               /* the same in whole units */
     float *unit;                   /* [blocks * block], what the levels are multiples of; 1 where all are 0 */
     int64_t largest;               /* sum that a unit leaves room for */
 } Pack;
 
-/* Adds |x| and x up; one sum of each would wait for each addition. */
-static void add_up(const float *x, int64_t n, double *absolute, double *plain) {
+static inline float scale_of(const Pack *w) { return w->scale ? *w->scale : 1; }
+
+/* Adds |scale x| and scale x up; one sum of each would wait for each addition. */
+static void add_up(const float *x, float scale, int64_t n, double *absolute, double *plain) {
     Lanes both[2][SUMS] = {0};
     int64_t i = 0;
     for (; i + SUMS * WIDTH <= n; i += SUMS * WIDTH)
         for (int q = 0; q < SUMS; q++) {
-            Lanes own = *(const Lanes *)(x + i + q * WIDTH);
+            Lanes own = scale * *(const Lanes *)(x + i + q * WIDTH);
             both[0][q] += (Lanes)((Bits)own & 0x7fffffff); /* without the sign */
             both[1][q] += own;
         }
@@ -249,8 +251,8 @@ static void add_up(const float *x, int64_t n, double *absolute, double *plain) {
             *plain += both[1][q][j];
         }
     for (; i < n; i++) {
-        *absolute += fabsf(x[i]);
-        *plain += x[i];
+        *absolute += fabsf(scale * x[i]);
+        *plain += scale * x[i];
     }
 }
 
@@ -259,22 +261,22 @@ static void add_up(const float *x, int64_t n, double *absolute, double *plain) {
 static float unit_of(const Pack *w, const float *from) {
     double absolute = 0, plain = 0;
     int64_t runs = w->in_stride == w->taps ? 1 : w->in_channels, n = w->taps * w->in_channels;
-    for (int64_t c = 0; c < runs; c++) add_up(from + c * w->in_stride, n / runs, &absolute, &plain);
+    for (int64_t c = 0; c < runs; c++) add_up(from + c * w->in_stride, scale_of(w), n / runs, &absolute, &plain);
     double unit = (absolute + fabs(plain)) / 2 * 1.0001 / (w->largest - 0.5 * n); /* the sums are in float32 */
     return unit < 1e-30 ? 1 : (float)unit; /* weights that are nothing beside any threshold become 0 */
 }
 
 #define ROWS 4 /* output channels that are packed side by side */
 
-/* to[c * block + r] = from[r][c * stride] in whole units, for n input channels. */
-static inline __attribute__((always_inline)) void pack_rows(const float *const *from, int64_t n, int64_t stride, const float *per_unit,
-                                                            int16_t *to, int64_t block) {
+/* to[c * block + r] = scale * from[r][c * stride] in whole units, for n input channels. */
+static inline __attribute__((always_inline)) void pack_rows(const float *const *from, float scale, int64_t n, int64_t stride,
+                                                            const float *per_unit, int16_t *to, int64_t block) {
     int16_t room[ROWS][STRETCH];
     for (int64_t start = 0; start < n; start += STRETCH) {
         int64_t part = n - start < STRETCH ? n - start : STRETCH;
         for (int r = 0; r < ROWS; r++)
             for (int64_t c = 0; c < part; c++)
-                room[r][c] = (int16_t)(int32_t)rintf(from[r][(start + c) * stride] * per_unit[r]);
+                room[r][c] = (int16_t)(int32_t)rintf(scale * from[r][(start + c) * stride] * per_unit[r]);
         for (int64_t c = 0; c < part; c++) {
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
             uint64_t four = 0; /* one store instead of four: they are what this takes its time for */
@@ -289,6 +291,7 @@ static inline __attribute__((always_inline)) void pack_rows(const float *const *
 
 static void pack_levels(const Pack *w, int64_t b, const float *from, int64_t n) {
     int16_t *to = w->levels + b * w->taps * w->in_channels * w->block;
+    float scale = scale_of(w);
     for (int64_t j = 0; j < w->block; j += ROWS, to += ROWS) {
         const float *rows[ROWS];
         float per_unit[ROWS];
@@ -299,12 +302,12 @@ static void pack_levels(const Pack *w, int64_t b, const float *from, int64_t n) 
             per_unit[r] = inside ? 1 / w->unit[b * w->block + j + r] : 0;
         }
         if (w->in_stride == 1) /* then there is one tap, and the compiler sees that the rows are contiguous */
-            pack_rows(rows, w->in_channels, 1, per_unit, to, w->block);
+            pack_rows(rows, scale, w->in_channels, 1, per_unit, to, w->block);
         else
             for (int64_t tap = 0; tap < w->taps; tap++) {
                 const float *own[ROWS];
                 for (int r = 0; r < ROWS; r++) own[r] = rows[r] + tap;
-                pack_rows(own, w->in_channels, w->in_stride, per_unit, to + tap * w->in_channels * w->block, w->block);
+                pack_rows(own, scale, w->in_channels, w->in_stride, per_unit, to + tap * w->in_channels * w->block, w->block);
             }
     }
 }
@@ -317,11 +320,11 @@ void pack(Pack *w) {
             pack_levels(w, b, from, n);
             continue;
         }
-        float *to = w->packed + b * w->taps * w->in_channels * w->block;
+        float *to = w->packed + b * w->taps * w->in_channels * w->block, scale = scale_of(w);
         for (int64_t tap = 0; tap < w->taps; tap++)
             for (int64_t c = 0; c < w->in_channels; c++, to += w->block) {
                 const float *own = from + tap + c * w->in_stride;
-                for (int64_t j = 0; j < n; j++) to[j] = own[j * w->out_stride];
+                for (int64_t j = 0; j < n; j++) to[j] = scale * own[j * w->out_stride];
                 for (int64_t j = n; j < w->block; j++) to[j] = 0;
             }
     }

@@ -15,6 +15,7 @@ typedef struct {
     const float *gamma, *beta;  /* [features]; NULL: without batch norm */
     float *mean, *scale;        /* [features] results: mean of W x, 1 / sqrt(var + eps) */
     float *running_mean, *running_var; /* [features] */
+    int64_t *batches;           /* that the running ones have seen, or NULL */
     double eps, momentum;
     float *drive;               /* result */
 } Forward;
@@ -71,6 +72,7 @@ static inline __attribute__((always_inline)) void forward_some(Forward *w, int64
 void forward(Forward *w) {
     FOR_FEATURES(w) {
         int64_t n = some_of(w->features, first);
+        if (!first && w->batches) ++*w->batches;
         if (n == SOME) forward_some(w, first, SOME);
         else forward_some(w, first, n);
     }

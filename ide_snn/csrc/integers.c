@@ -4,6 +4,9 @@
  *     y_j = unit unit_j sum over p of k_p k_pj        x_p = unit k_p, unit = max |x| / LEVELS        W_pj = unit_j k_pj
  *
  * each rounded to nearest. The units are so large that no sum can overflow. Sums are exact: the same in any order.
+ *
+ * Instructions multiply numbers in pairs. For vectors without zeros the weights of two inputs are packed side by side; where many
+ * numbers of a vector are 0, pairs are made of those that are not, so rows stay apart until they are read.
  */
 
 #include "vectors.h"
@@ -14,6 +17,9 @@
 typedef __m512i Sums;
 #define load(p) _mm512_loadu_si512(p)
 #define same(pair) _mm512_set1_epi32(pair)
+#define narrow(a, b) _mm512_packs_epi32(a, b)
+#define low(a, b) _mm512_unpacklo_epi16(a, b)
+#define high(a, b) _mm512_unpackhi_epi16(a, b)
 #if defined(__AVX512VNNI__)
 #define add_products(sum, x, w) _mm512_dpwssd_epi32(sum, x, w)
 #else
@@ -24,6 +30,9 @@ typedef __m512i Sums;
 typedef __m256i Sums;
 #define load(p) _mm256_loadu_si256((const __m256i *)(p))
 #define same(pair) _mm256_set1_epi32(pair)
+#define narrow(a, b) _mm256_packs_epi32(a, b)
+#define low(a, b) _mm256_unpacklo_epi16(a, b)
+#define high(a, b) _mm256_unpackhi_epi16(a, b)
 #if defined(__AVXVNNI__)
 #define add_products(sum, x, w) _mm256_dpwssd_avx_epi32(sum, x, w)
 #else
@@ -32,6 +41,9 @@ typedef __m256i Sums;
 #endif
 #define VECTORS 2
 #define COLUMNS (VECTORS * WIDTH)
+#define THIN 2 /* part of the inputs below which walking over them is faster */
+
+#define INLINE static inline __attribute__((always_inline)) /* called with constants */
 
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int16_t Level __attribute__((may_alias));
@@ -44,6 +56,7 @@ typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH), aligned(2), may_al
 
 /* The bits of x + NEAREST end in those of the whole number nearest to x, of 16 bits. */
 #define NEAREST 0x1.8p23f
+#define NEAREST_BITS 0x4b400000
 
 static inline uint32_t nearest(float x) {
     uint32_t bits;
@@ -56,8 +69,10 @@ static inline int32_t pair(float first, float second) { return (int32_t)(nearest
 
 typedef struct {
     int64_t inputs, outputs;
-    const int32_t *weight; /* [blocks][pairs of inputs][COLUMNS], two of 16 bits in each; zero behind the last input and output */
+    const int32_t *weight; /* [blocks][pairs of inputs][COLUMNS], two of 16 bits in each; zero behind the last input and output. Or
+                              [blocks][inputs, an even number][WIDTH]: rows apart, as `narrow` has their halves */
     const float *unit;     /* [blocks * COLUMNS], divided by LEVELS */
+    const float *scale;    /* of rows apart: [B][inputs] or NULL */
 } Whole;
 
 /* 0 where the processor lacks the instructions. */
@@ -70,7 +85,9 @@ int64_t columns(void) { return 0; }
 typedef struct {
     int64_t inputs, outputs, blocks;
     int64_t by_outputs;  /* the weight is [outputs][inputs], else [inputs][outputs] */
+    int64_t apart;       /* rows; the weight is [inputs][outputs] */
     const float *weight;
+    const float *scale;  /* what it is multiplied by where rows are apart, or NULL */
     int32_t *packed;     /* as in Whole */
     float *unit;
     int64_t next;        /* block to be taken by the next thread; starts at 0 */
@@ -121,16 +138,26 @@ static inline float magnitude(float x) {
     return x;
 }
 
-static inline __attribute__((always_inline)) void pack_inputs(Pack *w, int64_t b, int64_t n) {
+/* scale * from[0..n - 1] to the nearest multiples of 1 / inverse. */
+static inline void pack_row(const float *from, float scale, const float *inverse, int64_t n, int32_t *to) {
+    Lanes row[VECTORS] = {0};
+    Ints k[VECTORS];
+    if (n == COLUMNS) memcpy(row, from, COLUMNS * sizeof(float));
+    else memcpy(row, from, n * sizeof(float));
+    for (int j = 0; j < VECTORS; j++) k[j] = (Ints)(scale * row[j] * ((const Lanes *)inverse)[j] + NEAREST) - NEAREST_BITS;
+    *(Ints *)to = (Ints)narrow((Sums)k[0], (Sums)k[1]);
+}
+
+INLINE void pack_inputs(Pack *w, int64_t b, int64_t n) {
     const float *from = w->weight + b * COLUMNS;
     int64_t pairs = (w->inputs + 1) / 2;
     int32_t *to = w->packed + b * pairs * COLUMNS;
     static const float nothing[COLUMNS];
-    float inverse[COLUMNS] = {0}, *unit = w->unit + b * COLUMNS, sum[COLUMNS] = {0};
+    float inverse[COLUMNS] = {0}, *unit = w->unit + b * COLUMNS, sum[COLUMNS] = {0}, scale = w->scale ? *w->scale : 1;
     int32_t most[COLUMNS] = {0};
     for (int64_t p = 0; p < w->inputs; p++)
         for (int64_t j = 0; j < n; j++) {
-            float own = magnitude(from[p * w->outputs + j]);
+            float own = magnitude(scale * from[p * w->outputs + j]);
             int32_t bits;
             memcpy(&bits, &own, sizeof bits);
             sum[j] += own;
@@ -140,6 +167,11 @@ static inline __attribute__((always_inline)) void pack_inputs(Pack *w, int64_t b
         float largest;
         memcpy(&largest, most + j, sizeof largest);
         unit[j] = unit_of(sum[j], largest, w->inputs, inverse + j);
+    }
+    if (w->apart) {
+        for (int64_t p = 0; p < w->inputs; p++) pack_row(from + p * w->outputs, scale, inverse, n, to + p * WIDTH);
+        if (w->inputs % 2) memset(to + w->inputs * WIDTH, 0, WIDTH * sizeof *to);
+        return;
     }
     for (int64_t p = 0; p < pairs; p++, to += COLUMNS) {
         const float *first = from + 2 * p * w->outputs, *second = 2 * p + 1 < w->inputs ? first + w->outputs : nothing;
@@ -215,6 +247,8 @@ void pack(Pack *w) {
 /* A vector in whole numbers, and its largest number without sign. */
 typedef struct {
     int32_t *pairs;
+    int64_t n; /* of them */
+    int32_t *row; /* where the rows of its numbers begin, or NULL: it has all */
     float largest;
     float *y;
 } Row;
@@ -234,54 +268,120 @@ static void take(Row *to, int64_t n, const float *x) {
     to->largest = largest;
     for (int64_t i = 0; i < n; i++) k[i] = (int16_t)nearest(x[i] * before * factor);
     if (n % 2) k[n] = 0;
+    to->n = (n + 1) / 2;
 }
 
-static inline __attribute__((always_inline)) void tile(int rows, int64_t pairs, const Row *x, const int32_t *weight, const float *unit,
-                                                       int64_t b, int64_t n) {
-    Sums sum[ROWS][VECTORS] = {0};
+/* Takes scale * x; where few are not 0 those alone. */
+static void take_scaled(Row *to, int64_t inputs, const float *x, const float *scale, float *room) {
+    int64_t n = compress(x, scale, inputs, WIDTH, room, to->row);
+    if (n * THIN < inputs) {
+        take(to, n, room);
+        to->row[n] = 0; /* behind an odd number, whose partner is 0 */
+        return;
+    }
+    for (int64_t p = 0; p < inputs; p++) room[p] = scale ? x[p] * scale[p] : x[p];
+    take(to, inputs, room);
+    to->row = 0;
+}
+
+INLINE void interleaved(const int32_t *first, const int32_t *second, Sums *w) {
+    Sums a = load(first), b = load(second);
+    w[0] = low(a, b);
+    w[1] = high(a, b);
+}
+
+INLINE void put(const Sums *sum, const Row *x, const float *unit, int64_t b, int64_t n) {
+    Lanes y[VECTORS];
+    for (int j = 0; j < VECTORS; j++) y[j] = __builtin_convertvector((Ints)sum[j], Lanes) * ((const Lanes *)unit)[j] * x->largest;
+    if (n == COLUMNS)
+        for (int j = 0; j < VECTORS; j++) ((Lanes *)(x->y + b * COLUMNS))[j] = y[j];
+    else
+        memcpy(x->y + b * COLUMNS, y, n * sizeof(float));
+}
+
+INLINE void tile(int apart, int rows, int64_t pairs, const Row *const *x, const int32_t *weight, const float *unit, int64_t b, int64_t n) {
+    Sums sum[ROWS][VECTORS];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < VECTORS; j++) sum[i][j] = (Sums){0};
     for (int64_t p = 0; p < pairs; p++, weight += COLUMNS) {
         Sums w[VECTORS];
-        for (int j = 0; j < VECTORS; j++) w[j] = load(weight + j * WIDTH);
-        for (int i = 0; i < rows; i++)
-            for (int j = 0; j < VECTORS; j++) sum[i][j] = add_products(sum[i][j], same(x[i].pairs[p]), w[j]);
-    }
-    for (int i = 0; i < rows; i++) {
-        Lanes y[VECTORS];
-        for (int j = 0; j < VECTORS; j++)
-            y[j] = __builtin_convertvector((Ints)sum[i][j], Lanes) * ((const Lanes *)unit)[j] * x[i].largest;
-        if (n == COLUMNS)
-            for (int j = 0; j < VECTORS; j++) ((Lanes *)(x[i].y + b * COLUMNS))[j] = y[j];
+        if (apart) interleaved(weight, weight + WIDTH, w);
         else
-            memcpy(x[i].y + b * COLUMNS, y, n * sizeof(float));
+            for (int j = 0; j < VECTORS; j++) w[j] = load(weight + j * WIDTH);
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < VECTORS; j++) sum[i][j] = add_products(sum[i][j], same(x[i]->pairs[p]), w[j]);
     }
+    for (int i = 0; i < rows; i++) put(sum[i], x[i], unit, b, n);
+}
+
+/* The same for one vector by its numbers that are not 0. */
+static inline void walk(const Row *x, const int32_t *weight, const float *unit, int64_t b, int64_t n) {
+    Sums part[SUMS][VECTORS], w[VECTORS];
+    for (int q = 0; q < SUMS; q++)
+        for (int j = 0; j < VECTORS; j++) part[q][j] = (Sums){0};
+    int64_t e = 0;
+    for (; e + SUMS <= x->n; e += SUMS)
+        for (int q = 0; q < SUMS; q++) {
+            const int32_t *row = x->row + 2 * (e + q);
+            interleaved(weight + row[0], weight + row[1], w);
+            for (int j = 0; j < VECTORS; j++) part[q][j] = add_products(part[q][j], same(x->pairs[e + q]), w[j]);
+        }
+    for (; e < x->n; e++) {
+        interleaved(weight + x->row[2 * e], weight + x->row[2 * e + 1], w);
+        for (int j = 0; j < VECTORS; j++) part[0][j] = add_products(part[0][j], same(x->pairs[e]), w[j]);
+    }
+    for (int q = 1; q < SUMS; q++)
+        for (int j = 0; j < VECTORS; j++) part[0][j] = (Sums)((Ints)part[0][j] + (Ints)part[q][j]);
+    put(part[0], x, unit, b, n);
+}
+
+INLINE void multiply_block(int apart, const Whole *k, int64_t b, int64_t few, const Row *const *thin, int64_t many, const Row *const *full) {
+    int64_t pairs = (k->inputs + 1) / 2, left = k->outputs - b * COLUMNS, n = left < COLUMNS ? left : COLUMNS;
+    const int32_t *weight = k->weight + b * pairs * COLUMNS;
+    const float *unit = k->unit + b * COLUMNS;
+    for (int64_t i = 0; i < few; i++) walk(thin[i], weight, unit, b, n);
+    for (int64_t i = 0; i < many; i += ROWS) switch (many - i < ROWS ? many - i : ROWS) {
+            case 1: tile(apart, 1, pairs, full + i, weight, unit, b, n); break;
+            case 2: tile(apart, 2, pairs, full + i, weight, unit, b, n); break;
+            case 3: tile(apart, 3, pairs, full + i, weight, unit, b, n); break;
+            case 4: tile(apart, 4, pairs, full + i, weight, unit, b, n); break;
+#if ROWS > 4
+            case 5: tile(apart, 5, pairs, full + i, weight, unit, b, n); break;
+            case 6: tile(apart, 6, pairs, full + i, weight, unit, b, n); break;
+            case 7: tile(apart, 7, pairs, full + i, weight, unit, b, n); break;
+            case 8: tile(apart, 8, pairs, full + i, weight, unit, b, n); break;
+#endif
+        }
 }
 
 /* y[i] = x[i] weight; of scratch each takes (inputs + 1) / 2 numbers of 4 bytes. */
 void multiply(const Whole *k, char *scratch, int64_t count, const int64_t *samples, const float *const *x, float *const *y) {
     (void)samples; /* the map is the same for all */
-    int64_t pairs = (k->inputs + 1) / 2;
     Row rows[count];
+    const Row *full[count];
     for (int64_t i = 0; i < count; i++) {
-        rows[i] = (Row){(int32_t *)scratch + i * pairs, 0, y[i]};
+        rows[i] = (Row){(int32_t *)scratch + i * ((k->inputs + 1) / 2), 0, 0, 0, y[i]};
         take(rows + i, k->inputs, x[i]);
+        full[i] = rows + i;
     }
-    for (int64_t b = 0; b * COLUMNS < k->outputs; b++) {
-        const int32_t *weight = k->weight + b * pairs * COLUMNS;
-        const float *unit = k->unit + b * COLUMNS;
-        int64_t left = k->outputs - b * COLUMNS, n = left < COLUMNS ? left : COLUMNS;
-        for (int64_t i = 0; i < count; i += ROWS) switch (count - i < ROWS ? count - i : ROWS) {
-                case 1: tile(1, pairs, rows + i, weight, unit, b, n); break;
-                case 2: tile(2, pairs, rows + i, weight, unit, b, n); break;
-                case 3: tile(3, pairs, rows + i, weight, unit, b, n); break;
-                case 4: tile(4, pairs, rows + i, weight, unit, b, n); break;
-#if ROWS > 4
-                case 5: tile(5, pairs, rows + i, weight, unit, b, n); break;
-                case 6: tile(6, pairs, rows + i, weight, unit, b, n); break;
-                case 7: tile(7, pairs, rows + i, weight, unit, b, n); break;
-                case 8: tile(8, pairs, rows + i, weight, unit, b, n); break;
-#endif
-            }
+    for (int64_t b = 0; b * COLUMNS < k->outputs; b++) multiply_block(0, k, b, 0, full, count, full);
+}
+
+/* y[i] = (scale * x[i]) weight of rows apart, skipping zeros. Scratch has inputs + 1 + SPARE numbers of 4 bytes, and for each vector
+ * as many places and (inputs + 1) / 2 pairs. */
+void multiply_thin(const Whole *k, char *scratch, int64_t count, const int64_t *samples, const float *const *x, float *const *y) {
+    int64_t few = 0, many = 0, places = k->inputs + 1 + SPARE;
+    float *room = (float *)scratch;
+    int32_t *next = (int32_t *)scratch + places;
+    Row rows[count];
+    const Row *thin[count], *full[count];
+    for (int64_t i = 0; i < count; i++, next += places + (k->inputs + 1) / 2) {
+        rows[i] = (Row){next + places, 0, next, 0, y[i]};
+        take_scaled(rows + i, k->inputs, x[i], k->scale ? k->scale + samples[i] * k->inputs : 0, room);
+        if (rows[i].row) thin[few++] = rows + i;
+        else full[many++] = rows + i;
     }
+    for (int64_t b = 0; b * COLUMNS < k->outputs; b++) multiply_block(1, k, b, few, thin, many, full);
 }
 
 #endif

@@ -20,10 +20,14 @@ typedef struct {
     int64_t rows, columns;
     const float *matrix;    /* [rows][columns] */
     float *u, *v;           /* [rows], [columns] */
+    float *kept_u, *kept_v; /* what `step` makes of them once more, or NULL */
     const float *g;         /* [rows][columns] */
     float *result;          /* [rows][columns] */
     double *sums;           /* room for one per row or column */
+    const float *alpha;     /* or NULL */
+    double bound;
     double s, scale, p;     /* s is the result of `step`, p that of `pull` */
+    float factor;           /* result of `step` with an alpha */
     int64_t padding[8];     /* what threads write is not in the cache line of what they read */
     Phase phases[3];
 } Work;
@@ -61,7 +65,8 @@ static double norm(int64_t n, const double *x) {
     return sqrt(total);
 }
 
-/* One step of the power iteration: v = M^T u / ||M^T u||, u = M v / ||M v||, and s = ||M v|| = <u, M v>. */
+/* One step of the power iteration: v = M^T u / ||M^T u||, u = M v / ||M v||, and s = ||M v|| = <u, M v>; and what M is to be
+ * multiplied by, factor = clip(alpha, -bound, bound) / s. */
 void step(Work *w) {
     int64_t rows = w->rows, columns = w->columns;
     double *of_v = w->sums, *of_u = w->sums + columns;
@@ -79,13 +84,20 @@ void step(Work *w) {
     }
     double length = norm(columns, of_v);
     FOR_CHUNKS(w->phases + 1, (columns + CHUNK - 1) / CHUNK)
-        for (int64_t j = chunk * CHUNK; j < columns && j < (chunk + 1) * CHUNK; j++) w->v[j] = (float)(of_v[j] / length);
+        for (int64_t j = chunk * CHUNK; j < columns && j < (chunk + 1) * CHUNK; j++) {
+            w->v[j] = (float)(of_v[j] / length);
+            if (w->kept_v) w->kept_v[j] = w->v[j];
+        }
     FOR_CHUNKS(w->phases + 2, (rows + ROWS - 1) / ROWS)
         for (int64_t i = chunk * ROWS; i < rows && i < (chunk + 1) * ROWS; i++)
             of_u[i] = dot(columns, w->matrix + i * columns, w->v);
     if (__atomic_exchange_n(&w->phases[0].padding[0], 1, __ATOMIC_RELAXED)) return; /* the first one here does the rest */
     w->s = norm(rows, of_u);
     for (int64_t i = 0; i < rows; i++) w->u[i] = (float)(of_u[i] / w->s);
+    if (w->kept_u) memcpy(w->kept_u, w->u, rows * sizeof *w->u);
+    if (!w->alpha) return;
+    float bound = (float)w->bound, alpha = *w->alpha;
+    w->factor = (alpha < -bound ? -bound : alpha > bound ? bound : alpha) / (float)w->s;
 }
 
 /* result = scale (g - p u v^T) with p = <g, M> / s; it may be g. */
@@ -106,27 +118,4 @@ void pull(Work *w) {
             for (int64_t j = 0; j < columns; j++) to[j] = scale * (g[j] - share * v[j]);
         }
     if (!__atomic_exchange_n(&w->phases[0].padding[0], 1, __ATOMIC_RELAXED)) w->p = p;
-}
-
-typedef struct {
-    int64_t size;
-    int64_t next;       /* chunk to be taken by the next thread; starts at 0 */
-    const float *from, *alpha;
-    float *to;
-    const double *s;
-    double bound;
-    double scale;       /* result */
-} Scaled;
-
-#define SHARE 8192 /* numbers that a thread takes at a time */
-
-/* to = scale * from with scale = clip(alpha, -bound, bound) / s. */
-void scaled(Scaled *w) {
-    float bound = (float)w->bound, alpha = w->alpha[0];
-    float scale = (alpha < -bound ? -bound : alpha > bound ? bound : alpha) / (float)*w->s;
-    for (int64_t i; (i = SHARE * __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->size;) {
-        int64_t n = w->size - i < SHARE ? w->size - i : SHARE;
-        for (int64_t j = 0; j < n; j++) w->to[i + j] = scale * w->from[i + j];
-        if (!i) w->scale = scale;
-    }
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -58,24 +58,35 @@ class Gmres:
             )
         return _Restarted(self, work)
 
-    def terms(self, dtype: torch.dtype) -> Terms:
-        """What follows from the tolerance for numbers of this type."""
-        return Terms(self.tol, torch.finfo(dtype).eps)
+    def terms(self, dtype: torch.dtype, rough: Rough | None = None) -> Terms:
+        """What follows from the tolerance for numbers of this type.
+
+        A rough run goes so much below it that a v that is not long has its verdict.
+        """
+        margin = 0.0 if rough is None else min(3 * rough.noise, 0.3 * self.tol)
+        return Terms(self.tol - margin, torch.finfo(dtype).eps)
+
+    def judged(self, run: Run, terms: Terms, rough: Rough) -> tuple[Run, bool]:
+        """(a rough run with its noise added to the norms, True where that is below the tolerance: A is not asked)."""
+        added = rough.noise * run.longest
+        run = replace(run, norm=run.norm + added, worst=run.worst + added)
+        return run, terms.trust(run) and run.worst <= self.tol
 
     def at_once(self, problem: LinearProblem, b: Tensor) -> tuple[Run, bool] | None:
         """(the first run for v = b + A v, A in factors, in one call; True where the verdict can be on its residual).
 
-        None where it is to be of rough products.
+        None where it is to be of rough products that are not in factors.
         """
-        if self.rough_of(problem) is not None or problem.factors is None:
+        rough, dimensions = self.allowed(problem.rough), min(self.restart, self.max_steps)
+        factors = problem.factors if rough is None else rough.factors
+        if factors is None:
             return None
-        terms = self.terms(b.dtype)
-        run = gmres(problem.factors(), b, terms, min(self.restart, self.max_steps))
-        return run, terms.trust(run)
+        terms = self.terms(b.dtype, rough)
+        run = gmres(factors(), b, terms, dimensions)
+        return (run, terms.trust(run)) if rough is None else self.judged(run, terms, rough)
 
-    def rough_of(self, problem: LinearProblem) -> Rough | None:
-        """The rough products of a problem, if the tolerance allows them."""
-        rough = problem.rough
+    def allowed(self, rough: Rough | None) -> Rough | None:
+        """Rough products, if the tolerance allows them."""
         return rough if rough is not None and self.tol >= LEAST_TOL_TO_NOISE * rough.noise else None
 
 
@@ -88,20 +99,18 @@ class _Restarted:
     def first(self, b: Tensor, budget: int) -> Advance:
         work, problem = self.work, self.work.problem
         assert isinstance(problem, LinearProblem)  # see `Gmres.begin`
-        rough, ahead = self.settings.rough_of(problem), problem.ahead
+        rough, ahead = self.settings.allowed(problem.rough), problem.ahead
         if ahead is not None:
             dimensions = min(self.settings.restart, budget)
             run, work.rhs_norm = ahead.run(problem.matvec, work.layout, b.contiguous(), self.terms, dimensions)
             return self._advance(run)
         if rough is None:
             return self._run(None, b, budget)
-        # so much below tol that a v that is not long has its verdict
-        terms = Terms(self.settings.tol - 1.5 * rough.noise, torch.finfo(b.dtype).eps)
+        terms = self.settings.terms(b.dtype, rough)
         dimensions, matvec = min(self.settings.restart, budget), functools.partial(work.matvec, rough=rough)
         run = _step_by_step(matvec, b, terms, dimensions, None, work.rhs_norm)
-        norm = run.norm + rough.noise * run.longest
-        is_sure = terms.trust(run) and largest(norm) <= self.settings.tol
-        residual = (run.residual, norm * work.rhs_norm) if is_sure else None
+        run, is_sure = self.settings.judged(run, terms, rough)
+        residual = (run.residual, run.norm * work.rhs_norm) if is_sure else None
         return Advance(run.y, max(run.most, 1), run.most, 0, residual)
 
     def advance(self, y: Tensor, r: Tensor, budget: int) -> Advance:

@@ -13,10 +13,14 @@ from ide_snn.solvers.vectors import Factor
 
 @dataclass(frozen=True)
 class Rough:
-    """A with rounding, which is faster: `matvec` v -> A v + e with ||e|| <= noise ||v|| or so per sample."""
+    """A with rounding, which is faster: `matvec` v -> A v + e with ||e|| <= noise ||v|| or so per sample.
+
+    factors: the same as kernels, where the problem has those of A.
+    """
 
     matvec: Callable[[Tensor], Tensor]
     noise: float
+    factors: Callable[[], tuple[Factor, ...]] | None = None
 
 
 @dataclass(frozen=True)
