@@ -193,7 +193,7 @@ def _why_not_batch_norm(bn: nn.Module | None, samples: int) -> str | None:
     if type(bn) is not nn.BatchNorm1d or not (bn.affine and bn.track_running_stats) or bn.momentum is None:
         return "the input stage's batch norm is not as Connection makes it"
     if "forward" in bn.__dict__:
-        return "batch norm is over several processes"
+        return "batch norm has another forward, as over several processes"
     return None if samples > 1 else "batch norm of one sample"
 
 

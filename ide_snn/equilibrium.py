@@ -24,7 +24,7 @@ from ide_snn.convolutions import SPARSE_BESIDE_BFLOAT16, RoundedMap, is_sparse
 from ide_snn.dense import DenseMap
 from ide_snn.event_driven import EventMap, channels_last
 from ide_snn.firing import fire, fire_
-from ide_snn.layers import Affine, FixedConnection, has_hooks
+from ide_snn.layers import Affine, FixedConnection, returns_what_nobody_keeps
 from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
 from ide_snn.operators import Operator
@@ -139,8 +139,8 @@ class EquilibriumMap:
             behind = linear.respond(a, "batch", update_running=True, apply=products)
             if also_frozen and all(before.connection.bn is None for before in self.chain[: len(slopes)]):
                 frozen.append(link.frozen_response(products.value.detach()) if known is None else known)
-            if link.connection.bn is not None and has_hooks(link.connection.bn):
-                behind = behind.clone()  # a hook may have kept it
+            if link.connection.bn is not None and not returns_what_nobody_keeps(link.connection.bn):
+                behind = behind.clone()
             a, slope = fire(behind, link.gain, drive, self.neuron.v_threshold)
             slopes.append(slope)
         return a, slopes, frozen

@@ -36,7 +36,8 @@ from ide_snn.solvers.vectors import Factor
 TOGETHER = 256  # vectors whose whole numbers fit the second-level cache beside a block of the matrix,
 FEW_TOGETHER = 32  # and with the places of those that are not 0 the first
 SPARE = 7  # of csrc/vectors.h
-MOST_KEPT = 4  # sizes of products, two of each network: forwards and backwards
+MOST_SIZES = 4  # of products that are kept, two of each network: forwards and backwards
+MOST_BYTES = 1 << 24  # of their memory
 MOST_INPUTS = 4096  # whose units still leave more than two digits
 
 _own = threading.local()
@@ -91,6 +92,7 @@ class IntegerProduct:
         whole, each = _Whole(inputs, outputs, packed.data_ptr(), unit.data_ptr(), None), 4 * -(-inputs // 2)
         factor = Factor("integers", "multiply", whole, (packed, unit), outputs, TOGETHER, scratch_each=each)
         self.stages = packing, product_stage(factor, batch, inputs, own_memory=own_memory)
+        self.bytes = sum(t.nbytes for stage in self.stages for t in stage.keep if isinstance(t, Tensor))
 
     def take(self, x: Tensor, matrix: Tensor, y: Tensor) -> None:
         """Multiply x with the matrix into y [B, outputs] from now on; they must stay."""
@@ -153,16 +155,19 @@ def multiply(x: Tensor, matrix: Tensor, *, by_outputs: bool = False) -> Tensor:
 
 
 def _kept(batch: int, inputs: int, outputs: int, by_outputs: bool) -> tuple[IntegerProduct, Stages]:
-    """Kernels of these sizes with their memory, which this thread keeps for the next step."""
+    """Kernels of these sizes with their memory, which this thread keeps for the next step where it is not much."""
     kept: OrderedDict[tuple[int, ...], tuple[IntegerProduct, Stages]] = _own.__dict__.setdefault("kept", OrderedDict())
     sizes = (batch, inputs, outputs, by_outputs, torch.get_num_threads())
-    if sizes not in kept:
-        if len(kept) >= MOST_KEPT:
-            kept.popitem(last=False)
+    found = kept.pop(sizes, None)
+    if found is None:
         product = IntegerProduct(batch, inputs, outputs, by_outputs=by_outputs, own_memory=True)
-        kept[sizes] = product, Stages(product.stages)
-    kept.move_to_end(sizes)
-    return kept[sizes]
+        found = product, Stages(product.stages)
+    room = MOST_BYTES - found[0].bytes
+    while kept and (len(kept) >= MOST_SIZES or sum(product.bytes for product, _ in kept.values()) > room):
+        kept.popitem(last=False)
+    if room >= 0:
+        kept[sizes] = found
+    return found
 
 
 def apply(operator: Operator, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001

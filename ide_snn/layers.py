@@ -242,9 +242,7 @@ class FixedConnection:
             y = F.avg_pool2d(y, owner.pool)
         if self.gain is None:
             return y
-        # of torch's batch norm nobody needs the result but a hook that has kept it
-        bn = owner.bn
-        in_place = bn is not None and type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d) and not has_hooks(bn)
+        in_place = owner.bn is not None and returns_what_nobody_keeps(owner.bn)
         return y.mul_(self.gain) if in_place and y.dtype == self.gain.dtype else y * self.gain
 
     @cached_property
@@ -349,9 +347,10 @@ class OpaqueAffine:
         return False
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """True where somebody looks at what a module is given or returns, forwards or backwards."""
-    return any(module.__dict__[kind] for kind in HOOKS) or any(GLOBAL_HOOKS)
+def returns_what_nobody_keeps(bn: nn.Module) -> bool:
+    """True where what a batch norm returns may be overwritten: torch's own needs it no more, and nobody looks at it."""
+    is_torchs = type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d) and "forward" not in bn.__dict__
+    return is_torchs and not any(bn.__dict__[kind] for kind in HOOKS) and not any(GLOBAL_HOOKS)
 
 
 def cached_weights() -> AbstractContextManager[None]:
@@ -362,7 +361,9 @@ def cached_weights() -> AbstractContextManager[None]:
 def runs_as_torch_wrote_it(op: nn.Module) -> bool:
     """True where calling `op` does nothing but its linear operator with `op.weight` and `op.bias`."""
     forward = type(op).forward
-    if op._forward_hooks or not any(isinstance(op, kind) and forward is kind.forward for kind in KNOWN_MODULES):
+    if "forward" in op.__dict__ or not any(isinstance(op, kind) and forward is kind.forward for kind in KNOWN_MODULES):
+        return False
+    if op._forward_hooks or op._backward_hooks or op._backward_pre_hooks:
         return False
     # a constraint has one, which advances it
     return not op._forward_pre_hooks or (len(op._forward_pre_hooks) == 1 and get_constraint(op) is not None)

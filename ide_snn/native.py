@@ -146,7 +146,10 @@ class _Sequence(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Stage:
-    """A call of a kernel: `run` without running it. `keep` is what `work` points to."""
+    """A call of a kernel: `run` without running it. `keep` is what `work` points to.
+
+    To be run once: kernels count in their works, and `Stages` alone puts that back.
+    """
 
     library: str
     kernel: str

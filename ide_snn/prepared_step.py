@@ -304,7 +304,7 @@ class _Slot:
         if is_sure:
             return Solution.of(run, run.y)
         if self.rough is not None:
-            self._in_use(self.exact.packing).run()  # which was not needed so far
+            Stages([self._in_use(self.exact.packing)]).run()  # which was not needed so far
         factors = (self.exact.adjoint_factor(self.slope),)
         adjoint = partial(self.exact.adjoint, scale=self.slope)
         return solve(LinearProblem(adjoint, g, native=True, factors=lambda: factors), solver)

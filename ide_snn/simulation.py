@@ -249,7 +249,8 @@ class _Dense:
             return self._update(population, current, link.gain, drive)
         current = link(spikes if isinstance(link, Affine) else spikes.to(dtype))
         if drive is not None:
-            current = current.add_(drive) if current.dtype == dtype else current.to(dtype).add_(drive)
+            is_own = isinstance(link, Affine) or current.dtype != dtype  # nobody keeps it, as a hook of a module may
+            current = current.to(dtype).add_(drive) if is_own else current + drive
         return self._update(population, current)
 
     def _update(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from networks import KINDS, LIF, example_input, small_block, warmed_up
 from torch import nn
 
-from ide_snn import Connection, FeedbackSNN, FixedPoint, Gmres, NeuronParams, SNNIDEFCNet
+from ide_snn import Bptt, Connection, FeedbackSNN, FixedPoint, Gmres, Implicit, NeuronParams, SNNIDEFCNet
 from ide_snn.neurons import step
 from ide_snn.optimizations import get_constraint
 from ide_snn.simulation import Record
@@ -303,3 +303,43 @@ def test_a_connection_is_a_module_by_itself() -> None:
     twin = copy.deepcopy(connection)
     torch.testing.assert_close(connection(x), F.avg_pool2d(twin.bn(twin.op(x)), 2))
     assert_same(snapshot(connection), snapshot(twin))
+
+
+@pytest.mark.parametrize("precision", ["float32", "exact"])
+@pytest.mark.parametrize("where", ["input", "feedback"])
+def test_a_forward_of_somebodys_own_on_a_layer_is_called(where: str, precision: str) -> None:
+    rates = []
+    for share in (1.0, 0.5):
+        torch.manual_seed(0)
+        block = small_block("conv", dropout=0.0, precision=precision, solver=Gmres(1e-4)).float().eval()
+        op = getattr(block, where).op
+        op.forward = lambda x, forward=op.forward, share=share: share * forward(x)
+        rates.append(block(example_input("conv").float()))
+        assert not getattr(block, where).is_known
+    torch.manual_seed(0)
+    plain = small_block("conv", dropout=0.0, solver=Gmres(1e-4)).float().eval()
+    torch.testing.assert_close(rates[0], plain(example_input("conv").float()))
+    assert not torch.equal(*rates)
+
+
+@pytest.mark.parametrize("where", ["input", "feedback"])
+def test_a_backward_hook_of_a_layer_is_called(where: str) -> None:
+    block, called = small_block("conv", dropout=0.0, solver=Gmres(1e-4)), []
+    getattr(block, where).op.register_full_backward_hook(lambda *_: called.append(1))
+    block(example_input("conv").requires_grad_()).sum().backward()
+    assert called
+
+
+@pytest.mark.parametrize("gradient", [Implicit(), Bptt(bn="per_step")])
+def test_what_a_module_has_returned_stays_what_it_was(gradient: Implicit | Bptt) -> None:
+    """A hook may have kept it."""
+    kept, feedback = [], Connection(nn.Linear(6, 6), batch_norm=True)
+    if isinstance(gradient, Implicit):
+        feedback = Connection(nn.Sequential(nn.Linear(6, 6)))
+    (feedback.op if feedback.bn is None else feedback.bn).register_forward_hook(
+        lambda _m, _x, y: kept.append((y, y.detach().clone()))
+    )
+    net = FeedbackSNN(input=nn.Linear(4, 6), feedback=feedback, time_steps=4, gradient=gradient)
+    net(torch.randn(5, 4, generator=torch.Generator().manual_seed(0))).sum().backward()
+    assert len(kept) >= 3
+    assert all(torch.equal(y.detach(), then) for y, then in kept)

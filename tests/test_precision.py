@@ -91,6 +91,31 @@ def test_a_backward_hook_of_a_batch_norm_is_called(where: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)  # biases in front of batch norm: rounding
 
 
+class _Keeping(torch.nn.BatchNorm2d):
+    kept: list[tuple[Tensor, Tensor]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.kept.append((y, y.detach().clone()))
+        return y
+
+
+@pytest.mark.parametrize("how", ["its forward", "its class"])
+@pytest.mark.parametrize("where", ["input", "layer"])
+@pytest.mark.parametrize("precision", ["float32", "exact", "fast"])
+def test_what_a_batch_norm_of_somebodys_own_has_kept_is_not_overwritten(where: str, how: str, precision: str) -> None:
+    block = warmed_up(small_block("multilayer", precision=precision, solver=Gmres(1e-3))).float()
+    norm = (block.input if where == "input" else block.layers[0]).bn
+    norm.kept, plain = [], norm.forward
+    if how == "its class":
+        norm.__class__ = _Keeping
+    else:
+        norm.forward = lambda x: (norm.kept.append((y := plain(x), y.detach().clone())), y)[1]
+    block(example_input("multilayer").float()).sum().backward()
+    assert norm.kept
+    assert all(torch.equal(output, then) for output, then in norm.kept)
+
+
 def test_what_a_hook_of_a_batch_norm_has_kept_is_not_overwritten() -> None:
     kept = []
     block = warmed_up(small_block("multilayer", precision="exact", solver=Gmres(1e-3))).float()
