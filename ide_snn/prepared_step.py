@@ -51,7 +51,7 @@ from ide_snn.products import product_stage
 from ide_snn.readout import Readout
 from ide_snn.simulation import Path
 from ide_snn.solvers import Gmres, LinearProblem, Rough, Solution, solve
-from ide_snn.solvers.vectors import Factor, PreparedGmres
+from ide_snn.solvers.vectors import PreparedGmres
 
 
 class _Forward(ctypes.Structure):
@@ -230,14 +230,9 @@ class _Slot:
         return Stage("features", "forward", work, self.y.numel(), (*tensors, self.drive))
 
     def _lay_out_backward(self, affine: Affine, batch: int) -> None:
-        solver, features, gamma = self.parts.solver, affine.operator.out_channels, self.values[2]
-        packing, factors = self._choose_products(affine)
-        dimensions = min(solver.restart, solver.max_steps)
-        self.gmres = PreparedGmres(
-            factors, batch, features, self.terms, dimensions, own_memory=True, keep_residual=False
-        )
+        features, gamma = affine.operator.out_channels, self.values[2]
         of_readout = () if self.readout is None else self.readout.back
-        self.third = Stages([*of_readout, packing, self.gmres.stage])
+        self.third = Stages([*of_readout, *self._lay_out_solve(affine, batch)])
         tensors = (None, self.slope, self.through, self.y, self.gains[0], gamma, self.mean, self.scale)
         results = (self.to_response, self.to_y, self.to_y_turned)
         self.back = _Backward(batch, features, 0, *map(_pointer, (*tensors, *results)))
@@ -252,15 +247,22 @@ class _Slot:
             self.to_w_in = IntegerProduct(features, batch, self._w_in.shape[1], own_memory=True)
             self.fifth = Stages([*stages, *self.to_w_in.stages])
 
-    def _choose_products(self, affine: Affine) -> tuple[Stage, tuple[Factor, ...]]:
-        """(the kernel that packs the weight, J^T) for the solve; in whole numbers where its tolerance allows that."""
+    def _lay_out_solve(self, affine: Affine, batch: int) -> list[Stage]:
+        """The stages of the solve, with J^T in whole numbers where the tolerance allows that."""
+        solver, features = self.parts.solver, affine.operator.out_channels
         self.exact, self.rough = DenseMap(replace(affine, gain=None)), None  # the slope has the gain
-        solver, rounded = self.parts.solver, replace(self.exact, rounded=True)
+        rounded = replace(self.exact, rounded=True)
         if self.parts.is_rounded and self.exact.can_be_rounded:
-            noise = integers.noise(affine.operator.out_channels)
-            self.rough = solver.allowed(Rough(partial(rounded.adjoint, scale=self.slope), noise))
+            rough = Rough(partial(rounded.adjoint, scale=self.slope), integers.noise(features))
+            self.rough = solver.allowed(rough)
         self.terms, used = solver.terms(torch.float32, self.rough), self.exact if self.rough is None else rounded
-        return self._in_use(used.packing), (used.adjoint_factor(self.slope),)
+        self.gmres = PreparedGmres(
+            *((used.adjoint_factor(self.slope),), batch, features, self.terms, min(solver.restart, solver.max_steps)),
+            own_memory=True,
+            rounding=0 if self.rough is None else self.rough.noise,
+            keep_residual=False,
+        )
+        return [self._in_use(used.packing), self.gmres.stage]
 
     def draw(self, x: Tensor, generator: Generator | None) -> None:
         """The keys of this step's masks."""
@@ -297,11 +299,7 @@ class _Slot:
         self.gmres.take(g)
         self.third.run()
         run, solver = self.gmres.result(), self.parts.solver
-        if self.rough is None:
-            is_sure = self.terms.trust(run) and run.worst <= solver.tol
-        else:
-            run, is_sure = solver.judged(run, self.terms, self.rough)
-        if is_sure:
+        if self.terms.trust(run) and run.worst <= solver.tol:
             return Solution.of(run, run.y)
         if self.rough is not None:
             Stages([self._in_use(self.exact.packing)]).run()  # which was not needed so far

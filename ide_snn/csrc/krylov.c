@@ -104,10 +104,11 @@ typedef struct {
     const float *b, *start;     /* [groups][n] right-hand sides; added to the solutions, or NULL */
     float *y, *residual;        /* [groups][n]; the second may be NULL */
     const double *rhs;          /* [groups] what norms are relative to; NULL: ||b|| */
-    double *norm, *length;      /* [groups] of the residual, and of y, relative to rhs; 0 where that is */
+    double *norm, *length;      /* [groups] of the residual and its rounding, and of y, relative to rhs; 0 where that is */
     int64_t *dimensions;        /* [groups] used: products */
     double enough;              /* relative norm of a residual that needs no further dimension */
     double noise;
+    double rounding;            /* of A v in the factors, in units of ||v||: that of the residual is that of A y */
     char *memory;
     int64_t room[4];            /* bytes of a thread's memory: of its basis, its states, a product between factors, and scratch */
     int64_t padding[8];         /* what threads write is not in the cache line of what they read */
@@ -224,8 +225,8 @@ static void finish(const Solve *w, Space *s) {
         for (int64_t i = 0; i < n; i++) left[i] += of_rest * q[i];
     }
     w->dimensions[g] = k;
-    w->norm[g] = rhs == 0 ? 0 : sqrt(dot(n, left, left)) * beta / rhs;
     w->length[g] = rhs == 0 ? 0 : length_in(n, y, rhs);
+    w->norm[g] = rhs == 0 ? 0 : sqrt(dot(n, left, left)) * beta / rhs + w->rounding * w->length[g];
     if (w->residual)
         for (int64_t i = 0; i < n; i++) w->residual[g * n + i] = left[i] * (float)beta;
 }

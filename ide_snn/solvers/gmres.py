@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class Gmres:
     from there.
 
     With `LinearProblem.rough` and a tol of at least 5 times its noise the first run is of rough products. Its residual
-    is given with the noise times the longest v added; where that is above tol the verdict is on a product with A, and
+    is given with the noise times the length of v added; where that is above tol the verdict is on a product with A, and
     further runs are as without it.
     """
 
@@ -66,12 +66,6 @@ class Gmres:
         margin = 0.0 if rough is None else min(3 * rough.noise, 0.3 * self.tol)
         return Terms(self.tol - margin, torch.finfo(dtype).eps)
 
-    def judged(self, run: Run, terms: Terms, rough: Rough) -> tuple[Run, bool]:
-        """(a rough run with its noise added to the norms, True where that is below the tolerance: A is not asked)."""
-        added = rough.noise * run.longest
-        run = replace(run, norm=run.norm + added, worst=run.worst + added)
-        return run, terms.trust(run) and run.worst <= self.tol
-
     def at_once(self, problem: LinearProblem, b: Tensor) -> tuple[Run, bool] | None:
         """(the first run for v = b + A v, A in factors, in one call; True where the verdict can be on its residual).
 
@@ -82,8 +76,11 @@ class Gmres:
         if factors is None:
             return None
         terms = self.terms(b.dtype, rough)
-        run = gmres(factors(), b, terms, dimensions)
-        return (run, terms.trust(run)) if rough is None else self.judged(run, terms, rough)
+        if rough is None:
+            run = gmres(factors(), b, terms, dimensions)
+            return run, terms.trust(run)
+        run = gmres(factors(), b, terms, dimensions, rounding=rough.noise)
+        return run, terms.trust(run) and run.worst <= self.tol  # else on A
 
     def allowed(self, rough: Rough | None) -> Rough | None:
         """Rough products, if the tolerance allows them."""
@@ -109,8 +106,9 @@ class _Restarted:
         terms = self.settings.terms(b.dtype, rough)
         dimensions, matvec = min(self.settings.restart, budget), functools.partial(work.matvec, rough=rough)
         run = _step_by_step(matvec, b, terms, dimensions, None, work.rhs_norm)
-        run, is_sure = self.settings.judged(run, terms, rough)
-        residual = (run.residual, run.norm * work.rhs_norm) if is_sure else None
+        norm = run.norm + rough.noise * run.longest
+        is_sure = terms.trust(run) and largest(norm) <= self.settings.tol
+        residual = (run.residual, norm * work.rhs_norm) if is_sure else None
         return Advance(run.y, max(run.most, 1), run.most, 0, residual)
 
     def advance(self, y: Tensor, r: Tensor, budget: int) -> Advance:

@@ -54,8 +54,7 @@ class _Solve(ctypes.Structure):
         ("count", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("b", "start", "y", "residual")),
         *((name, ctypes.c_void_p) for name in ("rhs", "norm", "length", "dimensions")),
-        ("enough", ctypes.c_double),
-        ("noise", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("enough", "noise", "rounding")),
         ("memory", ctypes.c_void_p),
         ("room", ctypes.c_int64 * 4),
         ("padding", ctypes.c_int64 * 8),
@@ -92,8 +91,8 @@ class Run:
     """What a run of GMRES found; norms are relative to those of the right-hand side.
 
     Attributes:
-        y, residual: [G, N].
-        norm: of the residual, [G].
+        y, residual: [G, N]; the second may be empty, see `PreparedGmres`.
+        norm: of the residual, with that of its rounding where factors are rounded, [G].
         worst, longest: largest norm of a residual, and of a y; NaN if one is.
         most, mean: products, of the group with the most, and per group.
     """
@@ -114,6 +113,8 @@ def gmres(
     dimensions: int,
     start: Tensor | None = None,
     rhs: Array | None = None,
+    *,
+    rounding: float = 0,
 ) -> Run:
     """start + v with (1 - A) v = b by GMRES without restarts, each group in a space of its own.
 
@@ -126,8 +127,9 @@ def gmres(
         dimensions: at most.
         start: [G, N]; None: 0.
         rhs: what norms are relative to, [G]; None: ||b||.
+        rounding: of A v in the factors, in units of ||v||; added to the norms.
     """
-    prepared = PreparedGmres(factors, len(b), b.shape[1], terms, dimensions)
+    prepared = PreparedGmres(factors, len(b), b.shape[1], terms, dimensions, rounding=rounding)
     prepared.take(b, start, rhs)
     prepared.stage.run()
     return prepared.result()
@@ -138,6 +140,7 @@ class PreparedGmres:
 
     Args:
         own_memory: with scratch memory of its own, to be run at any time.
+        rounding: as in `gmres`.
         keep_residual: write down the residuals; otherwise that of the result is empty, and only norms are known.
     """
 
@@ -150,6 +153,7 @@ class PreparedGmres:
         dimensions: int,
         *,
         own_memory: bool = False,
+        rounding: float = 0,
         keep_residual: bool = True,
     ) -> None:
         self._keeps_residual = keep_residual
@@ -173,7 +177,7 @@ class PreparedGmres:
             *(groups, n, together, m, terms.passes, ctypes.addressof(links), len(factors)),
             *((None,) * 6),
             *(length.ctypes.data, used.ctypes.data),
-            *(terms.enough, terms.noise, memory.data_ptr(), room),
+            *(terms.enough, terms.noise, rounding, memory.data_ptr(), room),
         )
         self.stage = native.Stage("krylov", "gmres", work, 16 * groups * n, (factors, links, memory, length, used))
         self._work = work
