@@ -228,22 +228,32 @@ def events(levels: bool = False) -> Prepare:
     return prepare
 
 
-def dense(operator: Operator, weight: Tensor, x: Tensor, _y: Tensor | None) -> Call:
+def dense(*, rounded: bool = False) -> Prepare:
     """This project's product of the linear solves, which multiplies with the transposed weight of a layer."""
-    inputs, outputs = operator.in_channels, operator.out_channels
-    layer = Operator("linear", outputs, inputs)
-    product = DenseMap(Affine(layer, weight.t().contiguous(), None, 1, None, (outputs,)))
-    z = x.float().contiguous()
+
+    def prepare(operator: Operator, weight: Tensor, x: Tensor, _y: Tensor | None) -> Call:
+        inputs, outputs = operator.in_channels, operator.out_channels
+        return _skipping(Operator("linear", outputs, inputs), weight.t(), x, rounded)
+
+    return prepare
+
+
+def dense_gradient(*, rounded: bool = False) -> Prepare:
+    """The same kernels for y^T x, which skip the zeros of y where there are many."""
+
+    def prepare(operator: Operator, _weight: Tensor, x: Tensor, y: Tensor | None) -> Call:
+        assert y is not None
+        return _skipping(Operator("linear", operator.in_channels, len(x)), x, y.t(), rounded)
+
+    return prepare
+
+
+def _skipping(layer: Operator, matrix: Tensor, x: Tensor, rounded: bool) -> Call:
+    if rounded and integers.why_unavailable() is not None:
+        raise RuntimeError(integers.why_unavailable())
+    weight, z = matrix.float().contiguous(), x.float().contiguous()
+    product = DenseMap(Affine(layer, weight, None, 1, None, tuple(weight.shape[1:])), rounded=rounded)
     return lambda: product.adjoint(z)
-
-
-def dense_gradient(operator: Operator, _weight: Tensor, x: Tensor, y: Tensor | None) -> Call:
-    """The same kernel for y^T x, which skips the zeros of y where there are many."""
-    assert y is not None
-    layer = Operator("linear", operator.in_channels, len(x))
-    product = DenseMap(Affine(layer, x.float().contiguous(), None, 1, None, x.shape[1:]))
-    transposed = y.float().t().contiguous()
-    return lambda: product.adjoint(transposed)
 
 
 def whole_numbers(operator: Operator, weight: Tensor, x: Tensor, _y: Tensor | None) -> Call:
@@ -318,8 +328,9 @@ WAYS = (
     Way("oneDNN", "int8x2", integer(two=True), ("linear", "conv"), device="cpu"),
     Way("oneDNN, two products", "int8x2", two_integers, ("linear", "conv"), device="cpu"),
     Way("fbgemm", "int8 to 8 bits", fbgemm, ("linear", "conv"), device="cpu"),
-    Way("dense", "float32", dense, LINEAR, device="cpu"),
+    Way("dense", "float32", dense(), LINEAR, device="cpu"),
     Way("integers", "whole numbers", whole_numbers, LINEAR, device="cpu"),
+    Way("integers, zeros skipped", "whole numbers", dense(rounded=True), LINEAR, device="cpu"),
     Way("events", "events", events(), device="cpu"),
     Way("events", "events16", events(levels=True), device="cpu"),
     Way("torch", "float32", gradient(F32), gradient=True),
@@ -327,8 +338,9 @@ WAYS = (
     Way("torch, channels last", "float32", gradient(F32, True), CONV, gradient=True),
     Way("oneDNN, 1x1 convolution", "float32", gradient_as_convolution, LINEAR, gradient=True, device="cpu"),
     Way("oneDNN, linear", "float32", gradient_as_product, LINEAR, gradient=True, device="cpu"),
-    Way("dense", "float32", dense_gradient, LINEAR, gradient=True, device="cpu"),
+    Way("dense", "float32", dense_gradient(), LINEAR, gradient=True, device="cpu"),
     Way("integers", "whole numbers", whole_gradient, LINEAR, gradient=True, device="cpu"),
+    Way("integers, zeros skipped", "whole numbers", dense_gradient(rounded=True), LINEAR, gradient=True, device="cpu"),
     Way("torch", "bfloat16", gradient(BF16), LINEAR, gradient=True, needs=FAST_BF16),
     Way("torch, channels last", "bfloat16", gradient(BF16, True), CONV, gradient=True, needs=FAST_BF16),
     Way("torch, channels last", "tf32", gradient(F32, True, tf32=True), gradient=True, device="cuda"),
