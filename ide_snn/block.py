@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ide_snn import integers
+from ide_snn import input_stage, integers
 from ide_snn.bptt import Bptt, Frames, through_time
 from ide_snn.compiled import CompiledSteps
 from ide_snn.equilibrium import EquilibriumMap
@@ -356,7 +356,10 @@ class _Moment:
             apply = Operator.apply_by_columns
         elif block.takes_integers(path):
             apply = integers.apply
-        drive = first.respond(mean_input, "batch", update_running=True, apply=apply)
+        if apply is integers.apply and input_stage.suits(first, len(x)):
+            drive = input_stage.respond(first, mean_input)
+        else:
+            drive = first.respond(mean_input, "batch", update_running=True, apply=apply)
         value = drive.detach()
         at = None
         if block.input_has_time:

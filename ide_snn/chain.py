@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from ide_snn import event_driven
 from ide_snn.dense import DenseMap
 from ide_snn.equilibrium import AnalyticLinearisation, EquilibriumMap
+from ide_snn.firing import turned_product
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
 from ide_snn.simulation import EVENT_PATHS
@@ -84,27 +85,29 @@ class _Chain(torch.autograd.Function):
         v = ctx.solve(jacobian, event_driven.channels_last(cotangent))
         gradients: list[Tensor | None] = [None] * len(needed)
         for number in reversed(range(len(f.chain))):
-            affine, x, d = f.chain[number].frozen, inputs[number], v * slopes[number]
+            affine, x, slope = f.chain[number].frozen, inputs[number], slopes[number]
             wanted = (False, needed[2 * number], needed[2 * number + 1])
             if affine.operator.kind == "linear":
-                to_bias = d.sum(0) if wanted[2] else None
-                to_weight = _outer(d, x, rounded=f.takes_integers) if wanted[1] else None
-                gradients[2 * number : 2 * number + 2] = to_weight, to_bias
+                to_weight = _outer(v, slope, x, rounded=f.takes_integers) if wanted[1] else None
+                to_bias = (v * slope).sum(0) if wanted[2] else None
             else:
-                found = operator_gradients(affine.operator, x, d, affine.weight, wanted, rounded=f.rounds_convolutions)
-                gradients[2 * number : 2 * number + 2] = found[1:]
+                d, rounded = v * slope, f.rounds_convolutions
+                _, to_weight, to_bias = operator_gradients(
+                    affine.operator, x, d, affine.weight, wanted, rounded=rounded
+                )
+            gradients[2 * number : 2 * number + 2] = to_weight, to_bias
             if number:
-                v = jacobian.maps[number].adjoint(d)
+                v = jacobian.maps[number].adjoint(v, slope)
         return None, None, None, None, v * first if ctx.needs_input_grad[4] else None, *gradients
 
 
-def _outer(d: Tensor, x: Tensor, *, rounded: bool) -> Tensor:
-    """d^T x [N, M] for d [B, N] and x [B, M], by a product that skips the zeros of d: most neurons' slopes are 0.
+def _outer(v: Tensor, slope: Tensor, x: Tensor, *, rounded: bool) -> Tensor:
+    """(slope v)^T x [N, M] for v and slope [B, N] and x [B, M], by a product that skips zeros: most slopes are 0.
 
     Args:
         rounded: in whole numbers, where the batch is not too large for them.
     """
-    return of_rates(x, rounded=rounded).adjoint(d.t())
+    return of_rates(x, rounded=rounded).adjoint(turned_product(v, slope))
 
 
 def of_rates(x: Tensor, *, rounded: bool) -> DenseMap:

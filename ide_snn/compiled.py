@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from ide_snn import integers, native
 from ide_snn.dropout import VariationalDropout
 from ide_snn.implicit import Implicit, SolveHook
+from ide_snn.input_stage import why_not_batch_norm
 from ide_snn.layers import GLOBAL_HOOKS, HOOKS, Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, require_finite
 from ide_snn.operators import Operator
@@ -169,7 +170,7 @@ def _path_or_reason(block: Block, x: Tensor) -> str:
         return "a part is in evaluation mode"
     return (
         _why_not_constraint(feedback.op)
-        or _why_not_batch_norm(stage.bn, len(x))
+        or why_not_batch_norm(stage.bn, len(x))
         or _why_not_hooks(block)
         or _path_or_reason_of_kernels(block, x)
     )
@@ -185,16 +186,6 @@ def _why_not_constraint(op: nn.Module) -> str | None:
     if list(kinds) != ["weight"] or len(cast(nn.ModuleList, kinds["weight"])) != 1:
         return "the feedback has a parametrization of its own"
     return None
-
-
-def _why_not_batch_norm(bn: nn.Module | None, samples: int) -> str | None:
-    if bn is None:
-        return None
-    if type(bn) is not nn.BatchNorm1d or not (bn.affine and bn.track_running_stats) or bn.momentum is None:
-        return "the input stage's batch norm is not as Connection makes it"
-    if "forward" in bn.__dict__:
-        return "batch norm has another forward, as over several processes"
-    return None if samples > 1 else "batch norm of one sample"
 
 
 def _why_not_hooks(block: Block) -> str | None:

@@ -189,7 +189,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         to_x = grad.mm(weight) if ctx.needs_input_grad[0] else None
-        # whose sums are over the samples
-        product = multiply if len(x) <= MOST_INPUTS else torch.mm
-        to_weight = product(grad.t(), x) if ctx.needs_input_grad[1] else None
+        to_weight = product_of_samples(grad.t(), x) if ctx.needs_input_grad[1] else None
         return to_x, to_weight
+
+
+def product_of_samples(d: Tensor, x: Tensor) -> Tensor:
+    """d x [N, inputs] for d [N, B] and x [B, inputs], in whole numbers where the batch is not too large for them."""
+    return multiply(d, x) if len(x) <= MOST_INPUTS else d.mm(x)

@@ -24,7 +24,6 @@ Float32 on a CPU. Source: Xiao et al., NeurIPS 2021, sections 4.2 to 4.4.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,13 +33,14 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ide_snn import event_driven, integers, spectral
+from ide_snn import event_driven, input_stage, integers, spectral
 from ide_snn.chain import of_rates
 from ide_snn.dense import DenseMap
 from ide_snn.dropout import VariationalDropout
 from ide_snn.event_driven import EventConnection
 from ide_snn.firing import fire_stage, rate_stage
 from ide_snn.implicit import SolveHook, report
+from ide_snn.input_stage import Behind
 from ide_snn.integers import MOST_INPUTS, IntegerProduct
 from ide_snn.layers import Affine
 from ide_snn.native import Stage, Stages
@@ -52,25 +52,6 @@ from ide_snn.readout import Readout
 from ide_snn.simulation import Path
 from ide_snn.solvers import Gmres, LinearProblem, Rough, Solution, solve
 from ide_snn.solvers.vectors import PreparedGmres
-
-
-class _Forward(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("samples", "features", "next")),
-        *((name, ctypes.c_void_p) for name in ("x", "bias", "gain", "gamma", "beta", "mean", "scale")),
-        *((name, ctypes.c_void_p) for name in ("running_mean", "running_var", "batches")),
-        *((name, ctypes.c_double) for name in ("eps", "momentum")),
-        ("drive", ctypes.c_void_p),
-    ]
-
-
-class _Backward(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("samples", "features", "next")),
-        *((name, ctypes.c_void_p) for name in ("v", "slope", "through", "x", "gain", "gamma", "mean", "scale")),
-        *((name, ctypes.c_void_p) for name in ("to_response", "to_x", "turned", "to_gamma", "to_beta")),
-        *((name, ctypes.c_void_p) for name in ("to_bias", "to_feedback_bias")),
-    ]
 
 
 @dataclass(frozen=True)
@@ -161,7 +142,6 @@ class _Slot:
             return w_in.new_empty(batch, features)
 
         self.y, self.drive, self.rates, self.membrane, self.of_feedback = (vector() for _ in range(5))
-        self.mean, self.scale = w_in.new_empty(features), w_in.new_empty(features)
         self.gains = [vector() if dropout.drops else None for dropout in parts.dropouts]
         # A step is as fast as its memory, so what nobody reads any more is written over: the gain by the slope, spike
         # counts by rates, and in the backward pass what the forward pass has left.
@@ -195,6 +175,8 @@ class _Slot:
 
     def _lay_out_forward(self, weighing: list[Stage], affine: Affine) -> None:
         neuron, steps, (of_input, of_feedback) = self.parts.neuron, self.parts.time_steps, self.gains
+        _, b_in, gamma, beta, *_ = self.values
+        self.behind = Behind(self.y, b_in, of_input, self.parts.bn, gamma, beta, *self.y.new_empty(2, self.y.shape[1]))
         connection = EventConnection(affine, levels=self.parts.path == "events16")
         self.draws = [
             None if gain is None else dropout.draw_stage(gain)
@@ -207,7 +189,7 @@ class _Slot:
             [connection], states, self.drive, neuron, steps, from_rest=True, share=1 / total, own_memory=True
         )
         behind = [
-            self._normalisation(of_input),
+            input_stage.forward_stage(self.behind, self.drive),
             simulation,
             rate_stage(states, total, self.rates),
             fire_stage(response, of_feedback, self.drive, self.slope, self.through, neuron.v_threshold),
@@ -221,27 +203,18 @@ class _Slot:
         else:
             self.forth = [Stages(before), Stages(behind)]
 
-    def _normalisation(self, gain: Tensor | None) -> Stage:
-        bn, (_, b_in, gamma, beta, *_) = self.parts.bn, self.values
-        running = (None,) * 3 if bn is None else (bn.running_mean, bn.running_var, bn.num_batches_tracked)
-        settings = (0.0, 0.0) if bn is None else (bn.eps, cast(float, bn.momentum))
-        tensors = (self.y, b_in, gain, gamma, beta, self.mean, self.scale, *running)
-        work = _Forward(*self.y.shape, 0, *map(_pointer, tensors), *settings, self.drive.data_ptr())
-        return Stage("features", "forward", work, self.y.numel(), (*tensors, self.drive))
-
     def _lay_out_backward(self, affine: Affine, batch: int) -> None:
-        features, gamma = affine.operator.out_channels, self.values[2]
+        features = affine.operator.out_channels
         of_readout = () if self.readout is None else self.readout.back
         self.third = Stages([*of_readout, *self._lay_out_solve(affine, batch)])
-        tensors = (None, self.slope, self.through, self.y, self.gains[0], gamma, self.mean, self.scale)
-        results = (self.to_response, self.to_y, self.to_y_turned)
-        self.back = _Backward(batch, features, 0, *map(_pointer, (*tensors, *results)))
-        back = Stage("features", "backward", self.back, 4 * self.y.numel(), (*tensors, *results))
+        self.back = input_stage.backward_stage(
+            self.behind, self.to_y, self.to_y_turned, self.slope, self.through, self.to_response
+        )
         # the weight's cotangent d^T a, by a product that skips the zeros of d
         rates = of_rates(self.rates, rounded=self.parts.is_rounded)
         self.product = product_stage(rates.adjoint_factor(None), features, batch, own_memory=True)
         self.product.work.x = self.to_response.data_ptr()
-        stages = [back, rates.packing, self.product, *([] if self.pull is None else [self.pull])]
+        stages = [self.back, rates.packing, self.product, *([] if self.pull is None else [self.pull])]
         self.fourth, self.to_w_in = Stages(stages), None
         if self.parts.in_integers and batch <= MOST_INPUTS:  # its sums are over the samples
             self.to_w_in = IntegerProduct(features, batch, self._w_in.shape[1], own_memory=True)
@@ -313,8 +286,7 @@ class _Slot:
         assert raw is not None  # as above
         vectors = [None if p is None else torch.empty_like(p) for p in (gamma, beta, b_in, b)]
         to_raw, to_alpha = torch.empty_like(raw), None
-        self.back.v = v.data_ptr()
-        self.back.to_gamma, self.back.to_beta, self.back.to_bias, self.back.to_feedback_bias = map(_pointer, vectors)
+        input_stage.set_results(self.back, v, *vectors)
         self.product.work.y = to_raw.data_ptr()
         if self.pull is not None:
             work = self.pull.work
@@ -356,7 +328,3 @@ class _Step(torch.autograd.Function):
         report(solution, slot.parts.solver, ctx.hooks)
         gradients = [*slot.backward(solution.value, x, needed), *of_readout]
         return None, None, *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -33,6 +33,7 @@ LAYERS = [
     "links",
     "products",
     "integers",
+    "input_stage",
     "dense",
     "event_works",
     "event_driven",

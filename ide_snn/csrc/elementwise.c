@@ -79,6 +79,27 @@ void rounded(Rounded *w) {
 }
 
 typedef struct {
+    int64_t rows, columns;
+    int64_t next;       /* columns to be taken by the next thread; starts at 0 */
+    const float *x, *y; /* [rows][columns] */
+    float *to;          /* [columns][rows] */
+} Turned;
+
+#define LINE 16 /* columns that a thread takes at a time: a line of the cache */
+
+/* to = the transpose of x * y, number by number. */
+void turned(Turned *w) {
+    for (int64_t first; (first = LINE * __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->columns;) {
+        int64_t n = w->columns - first < LINE ? w->columns - first : LINE;
+        float *to = w->to + first * w->rows;
+        for (int64_t i = 0; i < w->rows; i++) {
+            const float *x = w->x + i * w->columns + first, *y = w->y + i * w->columns + first;
+            for (int64_t j = 0; j < n; j++) to[j * w->rows + i] = x[j] * y[j];
+        }
+    }
+}
+
+typedef struct {
     int64_t samples, size;
     int64_t next;       /* sample to be taken by the next thread; starts at 0 */
     uint64_t key;

@@ -1,5 +1,5 @@
 /* The input stage of a fully connected population behind its product: batch norm, dropout gain, and their derivatives;
- * ide_snn/prepared_step.py has the mathematics. Tensors are [samples][features]; threads take a few features, of all samples. */
+ * ide_snn/input_stage.py has the mathematics. Tensors are [samples][features]; threads take a few features, of all samples. */
 
 #include <math.h>
 #include <stdint.h>
@@ -82,7 +82,7 @@ typedef struct {
     int64_t samples, features;
     int64_t next;                   /* as above */
     const float *v;                 /* solution of the solve */
-    const float *slope, *through;   /* derivatives of the rate in the feedback's response, and in the drive */
+    const float *slope, *through;   /* derivatives of the rate in the feedback's response, and in the drive; NULL: no response, and 1 */
     const float *x, *gain;          /* as above */
     const float *gamma, *mean, *scale;
     float *to_response, *to_x;      /* results; the first [features][samples] */
@@ -94,7 +94,8 @@ typedef struct {
 static inline __attribute__((always_inline)) void backward_some(Backward *w, int64_t first, int64_t n) {
     int64_t stride = w->features, samples = w->samples;
     float *restrict to_x = w->to_x + first;
-    const float *restrict v = w->v + first, *restrict slope = w->slope + first, *restrict through = w->through + first;
+    const float *restrict v = w->v + first, *restrict slope = w->slope ? w->slope + first : 0;
+    const float *restrict through = w->through ? w->through + first : 0;
     const float *restrict x = w->x + first, *restrict gain = w->gain ? w->gain + first : 0;
     double sum[SOME] = {0}, with_x[SOME] = {0}, of_response[SOME] = {0}, of_x[SOME] = {0};
     float mean[SOME], scale[SOME], factor[SOME];
@@ -109,14 +110,17 @@ static inline __attribute__((always_inline)) void backward_some(Backward *w, int
         for (int64_t c = b; c < end; c++) {
             int64_t i = c * stride;
             float own[SOME], response[SOME];
-            for (int64_t j = 0; j < n; j++) own[j] = v[i + j] * through[i + j];
+            for (int64_t j = 0; j < n; j++) own[j] = v[i + j];
+            if (through)
+                for (int64_t j = 0; j < n; j++) own[j] *= through[i + j];
             if (gain)
                 for (int64_t j = 0; j < n; j++) own[j] *= gain[i + j];
-            for (int64_t j = 0; j < n; j++) response[j] = v[i + j] * slope[i + j];
             for (int64_t j = 0; j < n; j++) some[0][j] += own[j];
             for (int64_t j = 0; j < n; j++) some[1][j] += own[j] * ((x[i + j] - mean[j]) * scale[j]);
-            for (int64_t j = 0; j < n; j++) some[2][j] += response[j];
             for (int64_t j = 0; j < n; j++) to_x[i + j] = own[j];
+            if (!slope) continue;
+            for (int64_t j = 0; j < n; j++) response[j] = v[i + j] * slope[i + j];
+            for (int64_t j = 0; j < n; j++) some[2][j] += response[j];
             for (int64_t j = 0; j < n; j++) w->to_response[(first + j) * samples + c] = response[j];
         }
         for (int64_t j = 0; j < n; j++) sum[j] += some[0][j], with_x[j] += some[1][j], of_response[j] += some[2][j];
