@@ -56,15 +56,27 @@ class PathChoice:
         """What `fast` may round beside the simulation, and whether it does on this machine."""
         if self.precision != "fast" or path not in EVENT_PATHS:
             return
-        if self._could_take_integers(path):
+        whole = [*(["input stage"] if self._could_take_integers(path) else []), *self._of_linear(links)]
+        if whole:
             reason = integers.why_unavailable()
-            yield f"input stage in {'whole numbers' if reason is None else f'float32: {reason}'}"
-        # elsewhere f's own graph is differentiated, in float32
-        by_events = isinstance(self.gradient, Implicit) and (
-            self.gradient.jacobian_bn == "running" or not any(link.connection.uses_batch_statistics for link in links)
-        )
-        if by_events and any(link.operator is not None and link.operator.suits_onednn for link in links):
+            yield f"{', '.join(whole)} in {'whole numbers' if reason is None else f'float32: {reason}'}"
+        if self._walks_for_gradients(links) and any(link.operator and link.operator.suits_onednn for link in links):
             yield f"dense convolutions in {'bfloat16' if rounds_convolutions(self.precision, device) else 'float32'}"
+
+    def _walks_for_gradients(self, links: Sequence[FixedConnection]) -> bool:
+        """False where f's own graph is differentiated, in float32."""
+        gradient = self.gradient
+        return isinstance(gradient, Implicit) and (
+            gradient.jacobian_bn == "running" or not any(link.connection.uses_batch_statistics for link in links)
+        )
+
+    def _of_linear(self, links: Sequence[FixedConnection]) -> Iterator[str]:
+        """What may be in whole numbers behind the input stage."""
+        if self._walks_for_gradients(links) and all(link.operator and link.operator.kind == "linear" for link in links):
+            yield "loose solves"
+            at_rate = isinstance(self.gradient, Implicit) and self.gradient.jacobian_at == "rate"
+            if at_rate and all(link.connection.bn is None for link in links):
+                yield "gradients"  # which `ide_snn.chain` has written out
 
     def _best(self, links: Sequence[FixedConnection], device: torch.device) -> tuple[Path, str | None]:
         if torch.is_autocast_enabled(device.type):

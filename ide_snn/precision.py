@@ -6,9 +6,9 @@
 | `exact`   | event-driven (`ide_snn.event_driven`): float32 sums over the spikes | dense, fused neuron kernel |
 | `fast`    | the same, and the simulation adds weights in 16-bit units, exactly | the same in float16; f, J in TF32 |
 
-On a CPU `fast` also takes 16-bit whole numbers for a fully connected input stage (`ide_snn.integers`), and bfloat16 for
-the dense convolutions of f, of its gradient and of solves to a loose tolerance where the processor has it
-(`rounds_convolutions`).
+On a CPU `fast` also takes 16-bit whole numbers for fully connected layers (`ide_snn.integers`: the input stage,
+gradients of weights, J^T of solves to a loose tolerance), and bfloat16 for the dense convolutions of f, of its gradient
+and of such solves where the processor has it (`rounds_convolutions`).
 float16 and TF32 round the factors of a product to 11 significant bits, in which spikes are exact, and add in float32;
 float16 rounds the response, too, and ends at 65,504: a membrane beyond it becomes infinite, and its sample's rates NaN.
 Only `fast` allows them, in a block's simulation and solve; for the gradients of the weights, which torch computes,

@@ -183,7 +183,7 @@ def test_a_block_takes_them_with_fast_alone_and_says_so(compile: bool, monkeypat
     with caplog.at_level(logging.INFO, "ide_snn.block"):
         step(block(200, 90, compile=compile, **FAST), images(40, 90))
     assert len(calls) == 2  # forward, and the gradient of the weight
-    assert "event-driven, 16-bit weights, input stage in whole numbers" in caplog.text
+    assert "event-driven, 16-bit weights, input stage, loose solves, gradients in whole numbers" in caplog.text
     for options in ({"precision": "exact"}, {"precision": "float32"}):
         step(block(200, 90, compile=compile, **options), images(40, 90))
     with_time = block(200, 90, compile=compile, input_has_time=True, **FAST)
@@ -222,7 +222,7 @@ def test_without_the_instructions_the_products_are_float32(monkeypatch, caplog) 
     monkeypatch.setattr(integers, "why_unavailable", lambda: "none here")
     with caplog.at_level(logging.INFO, "ide_snn.block"):
         step(block(200, 90, compile=False, **FAST), images(40, 90))
-    assert "precision=fast: event-driven, 16-bit weights, input stage in float32: none here" in caplog.text
+    assert "16-bit weights, input stage, loose solves, gradients in float32: none here" in caplog.text
 
 
 def test_a_stage_that_does_not_suit_is_float32() -> None:
