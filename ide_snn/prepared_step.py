@@ -278,7 +278,10 @@ class _Slot:
             Stages([self._in_use(self.exact.packing)]).run()  # which was not needed so far
         factors = (self.exact.adjoint_factor(self.slope),)
         adjoint = partial(self.exact.adjoint, scale=self.slope)
-        return solve(LinearProblem(adjoint, g, native=True, factors=lambda: factors), solver)
+        solution = solve(LinearProblem(adjoint, g, native=True, factors=lambda: factors), solver)
+        stats = solution.stats
+        products, whole = stats.products + run.most, stats.whole_products + run.mean
+        return replace(solution, stats=replace(stats, products=products, whole_products=whole))
 
     def backward(self, v: Tensor, x: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
         """Cotangents of x and the block's parameters from the solution v."""

@@ -6,6 +6,7 @@ import ctypes
 import logging
 import math
 from dataclasses import replace
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -14,8 +15,9 @@ from compiled_blocks import assert_close, block, images, step
 from hypothesis import example, given, settings
 from torch import Tensor
 
-from ide_snn import Gmres, NeuronParams, integers, native
+from ide_snn import Gmres, Implicit, NeuronParams, Unrolled, integers, native
 from ide_snn.dense import DenseMap
+from ide_snn.firing import turned_product
 from ide_snn.integers import apply, multiply
 from ide_snn.layers import Affine
 from ide_snn.native import Stages
@@ -371,3 +373,27 @@ def test_kernels_that_are_kept_are_few_and_small() -> None:
     multiply(torch.randn(2, 4_000), torch.randn(4_000, 3_000))
     assert sum(kept()) < integers.MOST_BYTES
     assert len(kept()) <= before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "input stage, loose solves, gradients in whole numbers"),
+        ({"gradient": Implicit(jacobian_at="f")}, "input stage, loose solves in whole numbers"),
+        ({"gradient": Unrolled(2)}, "input stage in whole numbers"),
+        ({"input_has_time": True}, "loose solves, gradients in whole numbers"),
+    ],
+)
+def test_the_log_says_what_is_in_whole_numbers(options: dict[str, Any], expected: str, caplog) -> None:
+    net = block(60, 30, compile=False, **{**FAST, **options})
+    x = images(20, 30)
+    with caplog.at_level(logging.INFO, "ide_snn.block"):
+        step(net, torch.stack([x] * net.time_steps) if net.input_has_time else x)
+    assert f"16-bit weights, {expected}" in caplog.text
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 16), (5, 37), (128, 400)])
+def test_a_turned_product_is_the_transpose_of_the_product(sizes: tuple[int, int]) -> None:
+    x, y = torch.randn(2, *sizes, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(turned_product(x, y), (x * y).t().contiguous())
+    assert torch.equal(turned_product(x.t(), y.t()), x * y)
