@@ -309,13 +309,14 @@ def test_a_weight_is_scaled_as_it_is_packed() -> None:
 
 @pytest.mark.parametrize(("features", "batch"), [(40, 30), (400, 128), (1_000, 20)])
 def test_the_noise_of_a_solve_is_what_it_is_said_to_be(features: int, batch: int) -> None:
-    """Of a J of norm 1, with slopes as thin as those of a trained network."""
+    """With slopes as thin as those of a trained network, whatever the size of J."""
     product, x, _ = thin(features, features, batch, 1.0)
-    weight = product.affine.weight / torch.linalg.matrix_norm(product.affine.weight, 2)
+    weight = 7 * product.affine.weight
     slopes = 1.25 * (torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.4)
     rounded, exact = (DenseMap(replace(product.affine, weight=weight), rounded=r) for r in (True, False))
-    error = (rounded.adjoint(x, slopes) - exact.adjoint(x, slopes)).norm(dim=1) / x.norm(dim=1)
-    assert 0.02 * integers.noise(features) < float(error.max()) < integers.noise(features)
+    wanted = exact.adjoint(x, slopes)
+    error = (rounded.adjoint(x, slopes) - wanted).norm(dim=1) / wanted.norm(dim=1)
+    assert 0.2 * integers.noise(features) < float(error.max()) < integers.noise(features)
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -108,7 +108,7 @@ typedef struct {
     int64_t *dimensions;        /* [groups] used: products */
     double enough;              /* relative norm of a residual that needs no further dimension */
     double noise;
-    double rounding;            /* of A v in the factors, in units of ||v||: that of the residual is that of A y */
+    double rounding;            /* of A v by the factors, in units of ||A v||; 0: as float32 */
     char *memory;
     int64_t room[4];            /* bytes of a thread's memory: of its basis, its states, a product between factors, and scratch */
     int64_t padding[8];         /* what threads write is not in the cache line of what they read */
@@ -119,16 +119,17 @@ typedef struct {
 } Solve;
 
 /* The space of one group: q_0..q_m, `stride` numbers apart, and in double the triangular factor R [m][m] (by columns), the
- * rotations (cos, sin) [m][2], and the right-hand side [m + 1] of min ||beta e_1 - H c||. */
+ * rotations (cos, sin) [m][2], and the right-hand side [m + 1] of min ||beta e_1 - H c||; and the norms of A q_0..A q_{m-1}, where
+ * they are rounded. */
 typedef struct {
     float *basis;
-    double *r, *rotation, *right;
+    double *r, *rotation, *right, *image;
     int64_t stride, k, group;
     double rhs;
     double beta; /* ||b||; sums of squares are of vectors in units of it: float32 holds those of no small b */
 } Space;
 
-static int64_t state_size(int64_t m) { return m * m + 3 * m + 1; }
+static int64_t state_size(int64_t m) { return m * m + 4 * m + 1; }
 
 /* q_0 = b / ||b||, 0 where b is. Returns the norm of the residual. */
 static double begin(const Solve *w, Space *s) {
@@ -154,6 +155,7 @@ static double extend(const Solve *w, Space *s) {
     float *x = s->basis + s->stride * (k + 1);
     const float *newest = s->basis + s->stride * k;
     double *column = s->r + k * w->m;
+    if (w->rounding) s->image[k] = sqrt(dot(n, x, x));
     for (int64_t i = 0; i < n; i++) x[i] = newest[i] - x[i];
     double before = sqrt(dot(n, x, x));
     for (int64_t j = 0; j <= k; j++) column[j] = 0;
@@ -226,7 +228,9 @@ static void finish(const Solve *w, Space *s) {
     }
     w->dimensions[g] = k;
     w->length[g] = rhs == 0 ? 0 : length_in(n, y, rhs);
-    w->norm[g] = rhs == 0 ? 0 : sqrt(dot(n, left, left)) * beta / rhs + w->rounding * w->length[g];
+    double rounding = 0; /* of the residual: that of A y, at most */
+    for (int64_t j = 0; w->rounding && j < k; j++) rounding += w->rounding * fabs(c[j]) * s->image[j];
+    w->norm[g] = rhs == 0 ? 0 : (sqrt(dot(n, left, left)) + rounding) * beta / rhs;
     if (w->residual)
         for (int64_t i = 0; i < n; i++) w->residual[g * n + i] = left[i] * (float)beta;
 }
@@ -270,7 +274,8 @@ void gmres(Solve *w) {
         Space spaces[groups], *unsolved[groups];
         for (int64_t i = 0; i < groups; i++) {
             double *r = state + i * state_size(w->m), *rotation = r + w->m * w->m;
-            spaces[i] = (Space){basis + i * w->n, r, rotation, rotation + 2 * w->m, w->together * w->n, 0, first + i, 0, 0};
+            double *right = rotation + 2 * w->m;
+            spaces[i] = (Space){basis + i * w->n, r, rotation, right, right + w->m + 1, w->together * w->n, 0, first + i, 0, 0};
             double left = begin(w, spaces + i);
             if (left > w->enough * spaces[i].rhs && left < INFINITY) unsolved[open++] = spaces + i;
         }

@@ -39,7 +39,7 @@ class Gmres:
     from there.
 
     With `LinearProblem.rough` and a tol of at least 5 times its noise the first run is of rough products. Its residual
-    is given with the noise times the length of v added; where that is above tol the verdict is on a product with A, and
+    is given with what the noise makes of it added; where that is above tol the verdict is on a product with A, and
     further runs are as without it.
     """
 
@@ -63,7 +63,7 @@ class Gmres:
 
         A rough run goes so much below it that a v that is not long has its verdict.
         """
-        margin = 0.0 if rough is None else min(3 * rough.noise, 0.3 * self.tol)
+        margin = 0.0 if rough is None else min(2 * rough.noise, 0.3 * self.tol)
         return Terms(self.tol - margin, torch.finfo(dtype).eps)
 
     def at_once(self, problem: LinearProblem, b: Tensor) -> tuple[Run, bool] | None:

@@ -15,7 +15,7 @@ from ide_snn.solvers.vectors import Factor
 class Rough:
     """A with rounding, which is faster: `matvec` v -> A v + e with ||e|| <= noise ||v|| or so per sample.
 
-    factors: the same as kernels, where the problem has those of A.
+    factors: the same as kernels, where the problem has those of A; the noise is in units of ||A v|| then.
     """
 
     matvec: Callable[[Tensor], Tensor]

@@ -127,7 +127,7 @@ def gmres(
         dimensions: at most.
         start: [G, N]; None: 0.
         rhs: what norms are relative to, [G]; None: ||b||.
-        rounding: of A v in the factors, in units of ||v||; added to the norms.
+        rounding: of A v by the factors, in units of ||A v||; what it makes of the residuals is added to the norms.
     """
     prepared = PreparedGmres(factors, len(b), b.shape[1], terms, dimensions, rounding=rounding)
     prepared.take(b, start, rhs)
@@ -163,7 +163,7 @@ class PreparedGmres:
         together = max(1, -(-groups // (max(turns, 1) * threads)))
         room = (ctypes.c_int64 * 4)(
             lines(4 * (m + 1) * together * n),
-            lines(8 * together * (m * m + 3 * m + 1)),
+            lines(8 * together * (m * m + 4 * m + 1)),
             lines(4 * together * max([factor.size for factor in factors])) if len(factors) > 1 else 0,
             lines(max([factor.scratch + together * factor.scratch_each for factor in factors])),
         )
