@@ -251,7 +251,7 @@ class FeedbackSNN(nn.Module):
 
     @property
     def _choice(self) -> PathChoice:
-        return PathChoice(self.precision, self.gradient, self.input, self.input_has_time)
+        return PathChoice(self.precision, self.gradient, self.solver, self.input, self.input_has_time)
 
     def _attach(self, rates: Tensor, f: EquilibriumMap, response: Tensor | None = None) -> Tensor:
         if not (self.training or torch.is_grad_enabled()):

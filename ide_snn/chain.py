@@ -88,8 +88,10 @@ class _Chain(torch.autograd.Function):
             affine, x, slope = f.chain[number].frozen, inputs[number], slopes[number]
             wanted = (False, needed[2 * number], needed[2 * number + 1])
             if affine.operator.kind == "linear":
-                to_weight = _outer(v, slope, x, rounded=f.takes_integers) if wanted[1] else None
-                to_bias = (v * slope).sum(0) if wanted[2] else None
+                turned = turned_product(v, slope)
+                # by a product that skips zeros: most slopes are 0
+                to_weight = of_rates(x, rounded=f.takes_integers).adjoint(turned) if wanted[1] else None
+                to_bias = turned.sum(1) if wanted[2] else None
             else:
                 d, rounded = v * slope, f.rounds_convolutions
                 _, to_weight, to_bias = operator_gradients(
@@ -101,17 +103,12 @@ class _Chain(torch.autograd.Function):
         return None, None, None, None, v * first if ctx.needs_input_grad[4] else None, *gradients
 
 
-def _outer(v: Tensor, slope: Tensor, x: Tensor, *, rounded: bool) -> Tensor:
-    """(slope v)^T x [N, M] for v and slope [B, N] and x [B, M], by a product that skips zeros: most slopes are 0.
+def of_rates(x: Tensor, *, rounded: bool) -> DenseMap:
+    """The map whose adjoint is d^T -> d^T x [N, M], for d [B, N] and x [B, M].
 
     Args:
         rounded: in whole numbers, where the batch is not too large for them.
     """
-    return of_rates(x, rounded=rounded).adjoint(turned_product(v, slope))
-
-
-def of_rates(x: Tensor, *, rounded: bool) -> DenseMap:
-    """The map whose adjoint is d -> d^T x, with arguments as in `_outer`."""
     samples, inputs = x.shape
     plain = DenseMap(Affine(Operator("linear", inputs, samples), x, None, 1, None, (inputs,)))
     return replace(plain, rounded=rounded and plain.can_be_rounded)

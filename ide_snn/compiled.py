@@ -19,12 +19,13 @@ from ide_snn.dropout import VariationalDropout
 from ide_snn.implicit import Implicit, SolveHook
 from ide_snn.input_stage import why_not_batch_norm
 from ide_snn.layers import GLOBAL_HOOKS, HOOKS, Connection, FixedConnection
+from ide_snn.native import is_plain
 from ide_snn.neurons import NeuronParams, require_finite
 from ide_snn.operators import Operator
 from ide_snn.optimizations import SpectralMatrix, SpectralMatrixFirstDim, get_constraint, raw_weight
 from ide_snn.precision import Precision
 from ide_snn.prepared_step import Parts, Plan
-from ide_snn.readout import is_plain, suits
+from ide_snn.readout import suits
 from ide_snn.simulation import EVENT_PATHS, Path
 from ide_snn.solvers import Gmres, Solver
 

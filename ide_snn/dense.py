@@ -21,7 +21,6 @@ from ide_snn.solvers.vectors import Factor
 
 # Samples that share each reading of the weight; their vectors fit the second-level cache.
 TOGETHER = 32
-SPARE = 7  # of csrc/vectors.h
 
 
 class _Pack(ctypes.Structure):
@@ -91,5 +90,5 @@ class DenseMap:
         inputs, outputs = self.affine.weight.shape
         packed, scale = self.packing.keep[-1], None if scale is None else scale.contiguous()
         work = _Dense(inputs, outputs, packed.data_ptr(), None if scale is None else scale.data_ptr())
-        each = 8 * (inputs + 1 + SPARE)  # a number and its place, for every input
+        each = 8 * (inputs + 1 + integers.SPARE)  # a number and its place, for every input
         return Factor("dense", "multiply", work, (packed, scale), outputs, TOGETHER, scratch_each=each)

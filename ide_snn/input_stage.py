@@ -24,7 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from ide_snn import integers, native
 from ide_snn.layers import FixedConnection, returns_what_nobody_keeps
-from ide_snn.native import Stage
+from ide_snn.native import Stage, is_plain
+
+OTHER_NORM = "the input stage's batch norm is not as Connection makes it"
 
 
 class _Forward(ctypes.Structure):
@@ -108,7 +110,12 @@ def why_not_batch_norm(bn: nn.Module | None, samples: int) -> str | None:
     if bn is None:
         return None
     if type(bn) is not nn.BatchNorm1d or not (bn.affine and bn.track_running_stats) or bn.momentum is None:
-        return "the input stage's batch norm is not as Connection makes it"
+        return OTHER_NORM
+    batches = bn.num_batches_tracked
+    if not all(t is not None and t.shape == (bn.num_features,) for t in _tensors(bn)):
+        return OTHER_NORM
+    if batches is not None and batches.dtype != torch.int64:
+        return OTHER_NORM
     if "forward" in bn.__dict__:
         return "batch norm has another forward, as over several processes"
     return None if samples > 1 else "batch norm of one sample"
@@ -121,9 +128,16 @@ def suits(first: FixedConnection, samples: int) -> bool:
         return False
     if bn is not None and not (bn.training and returns_what_nobody_keeps(bn)):
         return False
-    tensors = (first.weight, first.bias, first.gain, *(() if bn is None else (bn.weight, bn.bias)))
-    plain = all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
-    return plain and why_not_batch_norm(bn, samples) is None
+    if first.gain is not None and first.gain.shape != (samples, *first.output_shape):
+        return False  # of a dropout of one's own
+    if why_not_batch_norm(bn, samples) is not None:
+        return False
+    of_norm = () if bn is None else _tensors(cast(nn.BatchNorm1d, bn))
+    return all(t is None or is_plain(t) for t in (first.weight, first.bias, first.gain, *of_norm))
+
+
+def _tensors(bn: nn.BatchNorm1d) -> tuple[Tensor | None, ...]:
+    return bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 
 def respond(first: FixedConnection, x: Tensor) -> Tensor:
@@ -150,15 +164,13 @@ class _InputStage(torch.autograd.Function):
         mean, scale = y.new_empty(2, y.shape[1]).unbind()
         drive = torch.empty_like(y)
         forward_stage(Behind(y, bias, gain, bn, gamma, beta, mean, scale), drive).run()
-        ctx.save_for_backward(x, weight, bias, gamma, gain)
-        ctx.kept = y, mean, scale  # nobody else has them
+        ctx.save_for_backward(x, weight, bias, gamma, gain, y, mean, scale)
         return drive
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, gamma, gain = ctx.saved_tensors
-        y, mean, scale = ctx.kept
+        x, weight, bias, gamma, gain, y, mean, scale = ctx.saved_tensors
         to_y, turned, e = torch.empty_like(y), y.new_empty(y.shape[1], len(y)), e.contiguous()
         to_bias, to_gamma, to_beta = (None if t is None else torch.empty_like(t) for t in (bias, gamma, gamma))
         back = backward_stage(Behind(y, bias, gain, None, gamma, None, mean, scale), to_y, turned)

@@ -11,7 +11,7 @@ threads. An x is moved by at most 1.2e-4 of the largest of its sample, a weight 
 |M_pj| or 1.5e-5 of the largest: so n is limited to 4,096.
 
 The input stage and its gradient take them (`multiply`), and where the slopes leave zeros in x, which are skipped, the
-products with J^T in solves of a loose tolerance and the gradient of the feedback (`rows_factor`).
+products with J^T in solves of a loose tolerance and the gradients of a chain without batch norm (`rows_factor`).
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _kept(batch: int, inputs: int, outputs: int, by_outputs: bool) -> tuple[Inte
         product = IntegerProduct(batch, inputs, outputs, by_outputs=by_outputs, own_memory=True)
         found = product, Stages(product.stages)
     room = MOST_BYTES - found[0].bytes
-    while kept and (len(kept) >= MOST_SIZES or sum(product.bytes for product, _ in kept.values()) > room):
+    while room >= 0 and kept and (len(kept) >= MOST_SIZES or sum(product.bytes for product, _ in kept.values()) > room):
         kept.popitem(last=False)
     if room >= 0:
         kept[sizes] = found

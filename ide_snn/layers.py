@@ -360,13 +360,18 @@ def cached_weights() -> AbstractContextManager[None]:
 
 def runs_as_torch_wrote_it(op: nn.Module) -> bool:
     """True where calling `op` does nothing but its linear operator with `op.weight` and `op.bias`."""
-    forward = type(op).forward
-    if "forward" in op.__dict__ or not any(isinstance(op, kind) and forward is kind.forward for kind in KNOWN_MODULES):
+    own = [name for name in ("forward", "_conv_forward") if name in op.__dict__]
+    if own or not any(isinstance(op, kind) and _computes_as(type(op), kind) for kind in KNOWN_MODULES):
         return False
     if op._forward_hooks or op._backward_hooks or op._backward_pre_hooks:
         return False
     # a constraint has one, which advances it
     return not op._forward_pre_hooks or (len(op._forward_pre_hooks) == 1 and get_constraint(op) is not None)
+
+
+def _computes_as(kind: type[nn.Module], known: type[nn.Module]) -> bool:
+    """True where a subclass has a known module's forward, and what that calls."""
+    return all(getattr(kind, name, None) is getattr(known, name, None) for name in ("forward", "_conv_forward"))
 
 
 @torch.no_grad()

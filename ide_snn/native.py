@@ -245,6 +245,12 @@ def _torch_threads() -> Any:
         return None
 
 
+def is_plain(x: torch.Tensor) -> bool:
+    """True where a kernel can be given the address of x: contiguous float32 on a CPU, of torch's own types."""
+    is_torchs = type(x) in (torch.Tensor, torch.nn.Parameter)
+    return is_torchs and x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+
+
 def _compiler() -> str:
     named = os.environ.get("CC")
     for candidate in (named,) if named else ("cc", "gcc", "clang"):

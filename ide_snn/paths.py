@@ -14,6 +14,7 @@ from ide_snn.kernels import available
 from ide_snn.layers import Connection, FixedConnection
 from ide_snn.precision import Precision, rounds_convolutions, why_no_tf32
 from ide_snn.simulation import EVENT_PATHS, Path
+from ide_snn.solvers import Gmres, Solver
 
 PATHS = {  # as the log says them
     "dense": "dense",
@@ -29,12 +30,13 @@ class PathChoice:
     """What of a block decides for precision exact and fast.
 
     Args:
-        precision, gradient, input_has_time: of the block.
+        precision, gradient, solver, input_has_time: of the block.
         input: its input stage.
     """
 
     precision: Precision
     gradient: Gradient | Bptt
+    solver: Solver
     input: Connection
     input_has_time: bool
 
@@ -73,7 +75,10 @@ class PathChoice:
     def _of_linear(self, links: Sequence[FixedConnection]) -> Iterator[str]:
         """What may be in whole numbers behind the input stage."""
         if self._walks_for_gradients(links) and all(link.operator and link.operator.kind == "linear" for link in links):
-            yield "loose solves"
+            outputs = [link.operator.out_channels for link in links if link.operator]
+            fit = max(outputs) <= integers.MOST_INPUTS
+            if fit and isinstance(self.solver, Gmres) and self.solver.tolerates(sum(map(integers.noise, outputs))):
+                yield "loose solves"
             at_rate = isinstance(self.gradient, Implicit) and self.gradient.jacobian_at == "rate"
             if at_rate and all(link.connection.bn is None for link in links):
                 yield "gradients"  # which `ide_snn.chain` has written out

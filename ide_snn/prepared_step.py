@@ -274,11 +274,12 @@ class _Slot:
         run, solver = self.gmres.result(), self.parts.solver
         if self.terms.trust(run) and run.worst <= solver.tol:
             return Solution.of(run, run.y)
+        factors = (self.exact.adjoint_factor(self.slope),)
+        problem = LinearProblem(partial(self.exact.adjoint, scale=self.slope), g, native=True, factors=lambda: factors)
         if self.rough is not None:
             Stages([self._in_use(self.exact.packing)]).run()  # which was not needed so far
-        factors = (self.exact.adjoint_factor(self.slope),)
-        adjoint = partial(self.exact.adjoint, scale=self.slope)
-        solution = solve(LinearProblem(adjoint, g, native=True, factors=lambda: factors), solver)
+            return solve(problem, solver, begun=run)
+        solution = solve(problem, solver)
         stats = solution.stats
         products, whole = stats.products + run.most, stats.whole_products + run.mean
         return replace(solution, stats=replace(stats, products=products, whole_products=whole))
@@ -304,7 +305,7 @@ class _Slot:
             if to_w_in is not None:
                 torch.mm(self.to_y_turned, cast(Tensor, x), out=to_w_in)
         if self.pull is not None and alpha is not None:
-            to_alpha = torch.full_like(alpha, self.pull.work.p if abs(alpha.item()) <= self.largest_alpha else 0)
+            to_alpha = torch.full_like(alpha, self.pull.work.p * (abs(alpha.item()) <= self.largest_alpha))  # NaN stays
         to_gamma, to_beta, to_b_in, to_b = vectors
         to_x = self.to_y.mm(self._w_in) if needed[0] else None
         return [to_x, to_w_in, to_b_in, to_gamma, to_beta, to_raw, to_alpha, to_b]

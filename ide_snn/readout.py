@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ide_snn.layers import runs_as_torch_wrote_it
-from ide_snn.native import Stage
+from ide_snn.native import Stage, is_plain
 
 MOST_OUTPUTS = 64  # of which the kernels make light; a library's products suit more
 
@@ -46,12 +45,6 @@ def suits(linear: nn.Module, features: int) -> bool:
         and linear.weight.shape[1] == features
         and all(map(is_plain, linear.parameters()))
     )
-
-
-def is_plain(x: Tensor) -> bool:
-    """True where a kernel can be given the address of x: contiguous float32 on a CPU, of torch's own types."""
-    is_torchs = type(x) in (Tensor, nn.Parameter)
-    return is_torchs and x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
 
 
 class Readout:

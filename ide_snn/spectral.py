@@ -139,7 +139,7 @@ class OfUnitNorm(torch.autograd.Function):
             result, p = pull(g.contiguous(), matrix, u, v, float(s), float(scale))
             return (
                 result.view(weight.shape),
-                alpha.new_tensor(p if bool(alpha.detach().abs() <= ctx.norm.bound) else 0),
+                alpha.new_tensor(p * bool(alpha.detach().abs() <= ctx.norm.bound)),  # NaN stays
                 None,
             )
         p = torch.dot(g.flatten(), weight.flatten()) / s

@@ -322,6 +322,19 @@ def test_a_forward_of_somebodys_own_on_a_layer_is_called(where: str, precision: 
     assert not torch.equal(*rates)
 
 
+def test_a_layer_that_computes_in_another_way_is_a_module_of_its_own() -> None:
+    class Half(nn.Conv2d):
+        def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return 0.5 * super()._conv_forward(x, weight, bias)
+
+    class Named(nn.Conv2d):
+        """Nothing but another name."""
+
+    assert not Connection(Half(2, 3, 3)).is_known
+    assert Connection(Named(2, 3, 3)).is_known
+    assert Connection(nn.Linear(2, 3)).is_known
+
+
 @pytest.mark.parametrize("where", ["input", "feedback"])
 def test_a_backward_hook_of_a_layer_is_called(where: str) -> None:
     block, called = small_block("conv", dropout=0.0, solver=Gmres(1e-4)), []

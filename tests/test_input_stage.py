@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -77,10 +78,46 @@ def _cumulative(net: nn.Module) -> None:
     net.input.bn.momentum = None
 
 
-@pytest.mark.parametrize("change", [_frozen, _hooked, _cumulative])
-def test_what_does_not_suit_is_torchs(change, monkeypatch) -> None:
+def _without_bias(net: nn.Module) -> None:
+    net.input.bn.bias = None
+
+
+def _without_weight(net: nn.Module) -> None:
+    net.input.bn.weight = net.input.bn.bias = None
+
+
+def _without_running(net: nn.Module) -> None:
+    net.input.bn.running_mean = net.input.bn.running_var = None
+
+
+def _expanded(net: nn.Module) -> None:
+    net.input.bn.running_var = torch.ones(()).expand(37)
+
+
+def _counted_in_float(net: nn.Module) -> None:
+    net.input.bn.num_batches_tracked = torch.zeros(())
+
+
+class _OfPixels(nn.Module):
+    """One gain for all samples."""
+
+    def draw(self, like: Tensor, *_: object, **__: object) -> Tensor:
+        return torch.linspace(0.5, 1.5, like[0].numel())[None]
+
+
+def _own_dropout(net: nn.Module) -> None:
+    net.input.dropout = _OfPixels()
+
+
+CHANGES = [_frozen, _hooked, _cumulative, _without_bias, _without_weight, _without_running, _own_dropout]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("change", [*CHANGES, _expanded, _counted_in_float])
+def test_what_does_not_suit_is_torchs(change: Callable[[nn.Module], None], compile: bool, monkeypatch) -> None:
     monkeypatch.setattr(input_stage, "respond", lambda *_: pytest.fail("it does not suit"))
-    net = block(compile=False, precision="fast", solver=Gmres(1e-3))
+    monkeypatch.setattr(input_stage, "forward_stage", lambda *_: pytest.fail("it does not suit"))
+    net = block(compile=compile, precision="fast", solver=Gmres(1e-3))
     change(net)
     _, gradients = step(net, images())
     assert float(gradients["input.op.weight"].norm()) > 0

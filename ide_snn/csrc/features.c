@@ -12,7 +12,7 @@ typedef struct {
     int64_t next;               /* features to be taken by the next thread; starts at 0 */
     const float *x, *bias;      /* W x without the bias [features], which may be NULL */
     const float *gain;          /* or NULL */
-    const float *gamma, *beta;  /* [features]; NULL: without batch norm */
+    const float *gamma, *beta;  /* [features]; both NULL: without batch norm */
     float *mean, *scale;        /* [features] results: mean of W x, 1 / sqrt(var + eps) */
     float *running_mean, *running_var; /* [features] */
     int64_t *batches;           /* that the running ones have seen, or NULL */

@@ -197,7 +197,9 @@ def require_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: bool = False) -> Solution:
+def solve(
+    problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: bool = False, begun: Run | None = None
+) -> Solution:
     """Solves v = b + A v or z = f(z).
 
     Args:
@@ -205,6 +207,7 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
         solver: how (`FixedPoint`, `Anderson`, `Broyden`, `Gmres`).
         y0: first iterate; by default the right-hand side (linear; 0 for GMRES) or `problem.start` (nonlinear).
         trace: keep the largest residual after each evaluation.
+        begun: a run of GMRES on this problem from 0 by rough products, to go on from; its residual is not asked for.
 
     Returns:
         The best finite iterate per group with the verdict on it; the first iterate, or for GMRES the right-hand side,
@@ -228,7 +231,7 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
         if problem.factors is not None and at_once is not None:
             if problem.coupled or not problem.native or problem.rhs.dtype != torch.float32:
                 raise ValueError("factors are for problems that do not couple samples, with native=True, in float32")
-            found = at_once(problem, work.rows(problem.rhs))
+            found = at_once(problem, work.rows(problem.rhs)) if begun is None else (begun, False)
         if found is not None:
             run, has_verdict = found
             if has_verdict and run.worst <= solver.tol:
@@ -241,12 +244,14 @@ def solve(problem: Problem, solver: Solver, y0: Tensor | None = None, *, trace: 
         else:
             unit = _unit(problem)
             scaled = Workspace(replace(problem, rhs=problem.rhs / unit))
-        begun = None
+        start = None
         if found is not None:
-            y, r = (scaled.rows(work.unrows(rows) / unit) for rows in (run.y, run.residual))
-            residual = (r, run.norm * scaled.rhs_norm) if has_verdict else None
-            begun = Advance(y, max(run.most, 1), run.most, run.most - run.mean, residual)
-        solution = _solve(scaled, solver, None if y0 is None else y0 / unit, trace, begun)
+            residual = None
+            if has_verdict:
+                residual = scaled.rows(work.unrows(run.residual) / unit), run.norm * scaled.rhs_norm
+            y = scaled.rows(work.unrows(run.y) / unit)
+            start = Advance(y, max(run.most, 1), run.most, run.most - run.mean, residual)
+        solution = _solve(scaled, solver, None if y0 is None else y0 / unit, trace, start)
         return replace(solution, value=solution.value.mul_(unit))  # nobody else has it
 
 

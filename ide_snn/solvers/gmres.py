@@ -84,7 +84,11 @@ class Gmres:
 
     def allowed(self, rough: Rough | None) -> Rough | None:
         """Rough products, if the tolerance allows them."""
-        return rough if rough is not None and self.tol >= LEAST_TOL_TO_NOISE * rough.noise else None
+        return rough if rough is not None and self.tolerates(rough.noise) else None
+
+    def tolerates(self, noise: float) -> bool:
+        """True where rough products of this noise are worth a try."""
+        return self.tol >= LEAST_TOL_TO_NOISE * noise
 
 
 class _Restarted:
