@@ -144,7 +144,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
         subjects = {name: s for name, s in r["subjects"].items() if "step" in s}
         heights = [1e3 * s["step"]["median_s"] for s in subjects.values()]
         bars = axes.barh(list(subjects), heights, color=[colors[s["kind"]] for s in subjects.values()])
-        axes.bar_label(bars, labels=[f"{h:,.0f}" if h >= 100 else f"{h:.3g}" for h in heights], padding=2, fontsize=8)
+        numbers = [f"{h:,.0f}" if h >= 100 else f"{h:.3g}" for h in heights]
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # lines of floors would go through the numbers
+        axes.bar_label(bars, labels=numbers, padding=2, fontsize=8, bbox=paper, zorder=3)
         for (precision, floor), style in zip(r["floors"].items(), ("-", "--", ":", "-.") * 9, strict=False):
             if not floor["rejected"]:
                 axes.axvline(1e3 * floor["floor_s"], color="black", linestyle=style, label=f"floor, {precision}")
