@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ide_snn import event_driven
-from ide_snn.dense import DenseMap
+from ide_snn.dense import DenseMap, turned_product
 from ide_snn.equilibrium import AnalyticLinearisation, EquilibriumMap
-from ide_snn.firing import turned_product
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
 from ide_snn.simulation import EVENT_PATHS

@@ -271,6 +271,6 @@ def _parts(block: Block, path: Path, readout: nn.Linear | None) -> Parts:
         solver=cast(Gmres, block.solver),
         path=path,
         in_integers=block.takes_integers(path),
-        is_rounded=block.precision == "fast" and integers.why_unavailable() is None,
+        is_rounded=integers.allowed(block.precision),
         readout=readout,
     )

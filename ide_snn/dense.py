@@ -38,6 +38,13 @@ class _Dense(ctypes.Structure):
     ]
 
 
+class _Turned(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "next")),
+        *((name, ctypes.c_void_p) for name in ("x", "y", "to")),
+    ]
+
+
 @dataclass(frozen=True)
 class DenseMap:
     """The linear part of a fully connected layer without gain, W [out, in], and its adjoint; packed when first used.
@@ -92,3 +99,12 @@ class DenseMap:
         work = _Dense(inputs, outputs, packed.data_ptr(), None if scale is None else scale.data_ptr())
         each = 8 * (inputs + 1 + integers.SPARE)  # a number and its place, for every input
         return Factor("dense", "multiply", work, (packed, scale), outputs, TOGETHER, scratch_each=each)
+
+
+def turned_product(x: Tensor, y: Tensor) -> Tensor:
+    """(x * y)^T [N, B] for x and y [B, N]."""
+    x, y = x.contiguous(), y.contiguous()
+    assert x.shape == y.shape  # the kernel would read past one
+    to = x.new_empty(x.shape[1], len(x))
+    native.run("elementwise", "turned", _Turned(*x.shape, 0, x.data_ptr(), y.data_ptr(), to.data_ptr()), 3 * x.numel())
+    return to

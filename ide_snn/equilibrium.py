@@ -97,7 +97,7 @@ class EquilibriumMap:
     @property
     def takes_integers(self) -> bool:
         """True where fully connected connections may be in 16-bit whole numbers, as `DenseMap(..., rounded=True)`."""
-        return self.precision == "fast" and self.path in EVENT_PATHS and integers.why_unavailable() is None
+        return self.path in EVENT_PATHS and integers.allowed(self.precision)
 
     @property
     def rounds_convolutions(self) -> bool:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ide_snn import native
 from ide_snn.event_driven import State, channels_last, empty_channels_last
 from ide_snn.native import Stage
 
@@ -30,13 +29,6 @@ class _Rate(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("samples", "size", "populations", "next")),
         *((name, ctypes.c_void_p) for name in ("membrane", "sizes", "weighted", "rate")),
         ("total", ctypes.c_double),
-    ]
-
-
-class _Turned(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "next")),
-        *((name, ctypes.c_void_p) for name in ("x", "y", "to")),
     ]
 
 
@@ -110,15 +102,6 @@ class _Fire(torch.autograd.Function):
             None,
             None,
         )
-
-
-def turned_product(x: Tensor, y: Tensor) -> Tensor:
-    """(x * y)^T [N, B] for x and y [B, N]."""
-    x, y = x.contiguous(), y.contiguous()
-    assert x.shape == y.shape  # the kernel would read past one
-    to = x.new_empty(x.shape[1], len(x))
-    native.run("elementwise", "turned", _Turned(*x.shape, 0, x.data_ptr(), y.data_ptr(), to.data_ptr()), 3 * x.numel())
-    return to
 
 
 def weighted_rate(states: Sequence[State], total: float) -> Tensor:

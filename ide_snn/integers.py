@@ -67,6 +67,11 @@ def why_unavailable() -> str | None:
     return reason
 
 
+def allowed(precision: str) -> bool:
+    """True where event-driven paths of this precision may take them, and can."""
+    return precision == "fast" and why_unavailable() is None
+
+
 def suits(operator: Operator | None) -> bool:
     """True where `apply` can compute K x for x [B, inputs] in float32 on a CPU, with the kernels."""
     return operator is not None and operator.kind == "linear" and operator.in_channels <= MOST_INPUTS

@@ -50,7 +50,7 @@ from ide_snn.optimizations import SpectralMatrix
 from ide_snn.products import product_stage
 from ide_snn.readout import Readout
 from ide_snn.simulation import Path
-from ide_snn.solvers import Gmres, LinearProblem, Rough, Solution, solve
+from ide_snn.solvers import Gmres, LinearProblem, Solution, solve
 from ide_snn.solvers.vectors import PreparedGmres
 
 
@@ -223,16 +223,14 @@ class _Slot:
     def _lay_out_solve(self, affine: Affine, batch: int) -> list[Stage]:
         """The stages of the solve, with J^T in whole numbers where the tolerance allows that."""
         solver, features = self.parts.solver, affine.operator.out_channels
-        self.exact, self.rough = DenseMap(replace(affine, gain=None)), None  # the slope has the gain
-        rounded = replace(self.exact, rounded=True)
-        if self.parts.is_rounded and self.exact.can_be_rounded:
-            rough = Rough(partial(rounded.adjoint, scale=self.slope), integers.noise(features))
-            self.rough = solver.allowed(rough)
-        self.terms, used = solver.terms(torch.float32, self.rough), self.exact if self.rough is None else rounded
+        self.exact, noise = DenseMap(replace(affine, gain=None)), integers.noise(features)  # the slope has the gain
+        self.is_rough = self.parts.is_rounded and self.exact.can_be_rounded and solver.tolerates(noise)
+        used, noise = (replace(self.exact, rounded=True), noise) if self.is_rough else (self.exact, 0)
+        self.terms = solver.terms(torch.float32, noise)
         self.gmres = PreparedGmres(
             *((used.adjoint_factor(self.slope),), batch, features, self.terms, min(solver.restart, solver.max_steps)),
             own_memory=True,
-            rounding=0 if self.rough is None else self.rough.noise,
+            rounding=noise,
             keep_residual=False,
         )
         return [self._in_use(used.packing), self.gmres.stage]
@@ -276,7 +274,7 @@ class _Slot:
             return Solution.of(run, run.y)
         factors = (self.exact.adjoint_factor(self.slope),)
         problem = LinearProblem(partial(self.exact.adjoint, scale=self.slope), g, native=True, factors=lambda: factors)
-        if self.rough is not None:
+        if self.is_rough:
             Stages([self._in_use(self.exact.packing)]).run()  # which was not needed so far
             return solve(problem, solver, begun=run)
         solution = solve(problem, solver)

@@ -16,8 +16,7 @@ from test_integers import rounding
 from torch import Tensor
 
 from ide_snn import Gmres, NeuronParams, implicit, integers, native, prepared_step
-from ide_snn.dense import DenseMap
-from ide_snn.firing import turned_product
+from ide_snn.dense import DenseMap, turned_product
 from ide_snn.layers import Affine
 from ide_snn.native import Stages
 from ide_snn.operators import Operator

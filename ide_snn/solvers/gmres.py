@@ -58,13 +58,12 @@ class Gmres:
             )
         return _Restarted(self, work)
 
-    def terms(self, dtype: torch.dtype, rough: Rough | None = None) -> Terms:
+    def terms(self, dtype: torch.dtype, noise: float = 0) -> Terms:
         """What follows from the tolerance for numbers of this type.
 
-        A rough run goes so much below it that a v that is not long has its verdict.
+        A run of rough products goes so much below it that a v that is not long has its verdict.
         """
-        margin = 0.0 if rough is None else min(2 * rough.noise, 0.3 * self.tol)
-        return Terms(self.tol - margin, torch.finfo(dtype).eps)
+        return Terms(self.tol - min(2 * noise, 0.3 * self.tol), torch.finfo(dtype).eps)
 
     def at_once(self, problem: LinearProblem, b: Tensor) -> tuple[Run, bool] | None:
         """(the first run for v = b + A v, A in factors, in one call; True where the verdict can be on its residual).
@@ -75,7 +74,7 @@ class Gmres:
         factors = problem.factors if rough is None else rough.factors
         if factors is None:
             return None
-        terms = self.terms(b.dtype, rough)
+        terms = self.terms(b.dtype, 0 if rough is None else rough.noise)
         if rough is None:
             run = gmres(factors(), b, terms, dimensions)
             return run, terms.trust(run)
@@ -107,7 +106,7 @@ class _Restarted:
             return self._advance(run)
         if rough is None:
             return self._run(None, b, budget)
-        terms = self.settings.terms(b.dtype, rough)
+        terms = self.settings.terms(b.dtype, rough.noise)
         dimensions, matvec = min(self.settings.restart, budget), functools.partial(work.matvec, rough=rough)
         run = _step_by_step(matvec, b, terms, dimensions, None, work.rhs_norm)
         norm = run.norm + rough.noise * run.longest
