@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -48,6 +48,7 @@ def both(matrix: Tensor, b: Tensor, solver: Gmres, foresight: Foresight) -> tupl
     restart=st.integers(1, 12),
     dimensions=st.integers(1, 9),
 )
+@example(groups=2, n=8, norm=1.5, dtype=torch.float32, tol=1e-1, max_steps=8, restart=8, dimensions=1)
 def test_whatever_was_foreseen_the_numbers_are_the_same(
     groups: int, n: int, norm: float, dtype: torch.dtype, tol: float, max_steps: int, restart: int, dimensions: int
 ) -> None:
@@ -61,7 +62,9 @@ def test_whatever_was_foreseen_the_numbers_are_the_same(
     torch.testing.assert_close(found.value, expected.value, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found.stats.residual, expected.stats.residual, rtol=1e-2, atol=1e-4 * tol)
     left = (b + torch.einsum("gij,gj->gi", matrix, found.value) - found.value).norm(dim=1) / b.norm(dim=1)
-    torch.testing.assert_close(left.double(), found.stats.residual, rtol=1e-2, atol=1e-5)
+    length = float((found.value.norm(dim=1) / b.norm(dim=1)).max())
+    rounding = 100 * torch.finfo(dtype).eps * length  # up to which a residual is trusted that no product has confirmed
+    torch.testing.assert_close(left.double(), found.stats.residual, rtol=1e-2, atol=1e-6 + rounding)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
