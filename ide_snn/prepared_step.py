@@ -276,11 +276,7 @@ class _Slot:
         problem = LinearProblem(partial(self.exact.adjoint, scale=self.slope), g, native=True, factors=lambda: factors)
         if self.is_rough:
             Stages([self._in_use(self.exact.packing)]).run()  # which was not needed so far
-            return solve(problem, solver, begun=run)
-        solution = solve(problem, solver)
-        stats = solution.stats
-        products, whole = stats.products + run.most, stats.whole_products + run.mean
-        return replace(solution, stats=replace(stats, products=products, whole_products=whole))
+        return solve(problem, solver, begun=run)
 
     def backward(self, v: Tensor, x: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
         """Cotangents of x and the block's parameters from the solution v."""
