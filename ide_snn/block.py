@@ -19,14 +19,16 @@ from ide_snn.compiled import CompiledSteps
 from ide_snn.equilibrium import EquilibriumMap
 from ide_snn.graphed_simulation import GraphedSimulations
 from ide_snn.graphed_solve import GraphedSolves
-from ide_snn.implicit import GRADIENTS, Gradient, Implicit, SolveHook, attach_gradient
+from ide_snn.implicit import Gradient, Implicit, SolveHook, attach_gradient
 from ide_snn.layers import Apply, Connection, FixedConnection
 from ide_snn.neurons import NeuronParams, require_finite, step_, time_average
 from ide_snn.operators import Operator
 from ide_snn.paths import PathChoice
-from ide_snn.precision import Precision, products_rounded, require_precision
+from ide_snn.precision import Precision, products_rounded
+from ide_snn.say_once import SayOnce
+from ide_snn.settings import REQUIRED
 from ide_snn.simulation import FUSED_PATHS, Path, Rates, Record, simulate
-from ide_snn.solvers import SOLVERS, Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
+from ide_snn.solvers import Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
 
 log = logging.getLogger(__name__)
 SimulationHook = Callable[[Rates], None]
@@ -44,7 +46,7 @@ class FeedbackSNN(nn.Module):
         layers: connections from population i to i + 1; empty for one population.
         feedback: connection from the last population to the first.
         neuron: threshold and leak of all populations.
-        time_steps: T >= 1.
+        time_steps: T >= 1, the simulated time steps.
         solver: for the implicit linear system.
         gradient: `Implicit`, `Unrolled` or `Bptt`.
         input_has_time: inputs are [T, B, *] (spikes, frames) instead of a constant [B, *].
@@ -54,16 +56,17 @@ class FeedbackSNN(nn.Module):
         precision: how the simulation and the products of J are computed, see `ide_snn.precision`.
         compile: prepare the training step once and then run it by a few calls, where that can be done
             (`ide_snn.compiled`); on a GPU the time steps of the simulation (`ide_snn.graphed_simulation`). The log says
-            whether it is.
+            whether it is. The attribute is `compile_`, since `compile` is a method of every `nn.Module`.
+
+    Settings are attributes of the same names, which may be set between forwards.
 
     Shapes: x [B, *] or [T, B, *] -> rates [B, *shape of the last population]; with `Bptt(output="spikes")` its spikes
     [T, B, *].
 
     Raises:
-        ValueError: for time_steps < 1, and in forward for inputs or connections that do not fit.
+        ValueError: for a setting of the wrong kind, when it is given or set, and in forward for inputs or connections
+            that do not fit.
     """
-
-    compile_ = False  # of blocks that were pickled before there was this
 
     def __init__(
         self,
@@ -81,10 +84,11 @@ class FeedbackSNN(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        require_precision(precision)
-        _require_kind("solver", solver, tuple(SOLVERS.values()))
-        _require_kind("gradient", gradient, (*GRADIENTS.values(), Bptt))
-        _require_kind("neuron", neuron, (NeuronParams,))
+        if isinstance(layers, nn.Module) and not isinstance(layers, nn.ModuleList):
+            raise ValueError(
+                f"layers must be a list of connections, one for each further population, got {type(layers).__name__}: "
+                "give [module]; what belongs to one connection, such as a convolution and its batch norm, is one module"
+            )
         self.input = _as_connection(input)
         self.layers = nn.ModuleList(_as_connection(layer) for layer in layers)
         self.feedback = _as_connection(feedback)
@@ -96,26 +100,23 @@ class FeedbackSNN(nn.Module):
         self.check_input = check_input
         self.precision: Precision = precision
         self.compile_ = compile
+        self._require_differentiable()
         self._compiled, self._graphed, self._solves = CompiledSteps(), GraphedSimulations(), GraphedSolves()
-        self._path_said: str | None = None
+        self._say_once = SayOnce(log)
         self._solve_hooks: OrderedDict[int, SolveHook] = OrderedDict()
         self._simulation_hooks: OrderedDict[int, SimulationHook] = OrderedDict()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for name, kind in (("_compiled", CompiledSteps), ("_graphed", GraphedSimulations), ("_solves", GraphedSolves)):
-            self.__dict__.setdefault(name, kind())  # which an earlier version had not
+    def __setattr__(self, name: str, value: Any) -> None:
+        require = REQUIRED.get(name)
+        if require is not None:
+            require(value)
+        super().__setattr__(name, value)
 
-    @property
-    def time_steps(self) -> int:
-        """T, the simulated time steps; may be set between forwards."""
-        return self._time_steps
-
-    @time_steps.setter
-    def time_steps(self, value: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"time_steps must be a whole number of at least 1, got {value!r}")
-        self._time_steps = value
+    def _require_differentiable(self) -> None:
+        if isinstance(self.gradient, Bptt) and self.precision != "float32":
+            raise ValueError(
+                f"precision={self.precision} is for implicit differentiation; with Bptt use precision='float32'"
+            )
 
     def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Rates of the last population [B, *]; `generator` is for the dropout masks."""
@@ -218,13 +219,22 @@ class FeedbackSNN(nn.Module):
                 shapes.append(layer.output_shape(shapes[-1]))  # type: ignore[operator]
             returned = self.feedback.output_shape(shapes[-1])
         except (ValueError, RuntimeError) as error:
-            raise ValueError(f"input of shape {list(input_shape)} does not fit the network: {error}") from error
+            hint = "; for inputs [T, B, ...] set input_has_time=True" if self._could_have_time(input_shape) else ""
+            raise ValueError(f"input of shape {list(input_shape)} does not fit the network: {error}{hint}") from error
         if returned != shapes[0]:
             raise ValueError(
                 f"the feedback's output {list(returned)} must have the shape of population 1, {list(shapes[0])}: "
                 "change its kernel, stride or padding"
             )
         return shapes
+
+    def _could_have_time(self, input_shape: tuple[int, ...]) -> bool:
+        """True where an input that does not fit would, were its first two dimensions time and batch."""
+        try:
+            self.input.output_shape(input_shape[1:])
+        except (ValueError, RuntimeError):
+            return False
+        return not self.input_has_time
 
     def feedback_diagnostics(self) -> dict[str, float]:
         """||W_fb|| in use, |alpha| and the excess of the norm's estimate; empty without a constraint."""
@@ -237,12 +247,9 @@ class FeedbackSNN(nn.Module):
         """How a forward over `links` is computed; says so, once, where it is not what `precision` asked for."""
         if self.precision == "float32":
             return "dense"
-        if isinstance(self.gradient, Bptt):
-            raise ValueError(f"precision={self.precision} is for implicit differentiation; with Bptt use 'float32'")
+        self._require_differentiable()
         path, reason, message = self._choice.of(links, device)
-        if message != self._path_said:
-            self._path_said = message
-            log.log(logging.INFO if reason is None else logging.WARNING, message)
+        self._say_once(message, warn=reason is not None)
         return path
 
     def takes_integers(self, path: Path) -> bool:
@@ -389,12 +396,6 @@ class _Moment:
 
     def through_time(self, gradient: Bptt, record: Record) -> tuple[Rates, Tensor]:
         return through_time(gradient, self.map, self.frames, self.shapes, self.block.time_steps, record)
-
-
-def _require_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:
-    if not isinstance(value, kinds):
-        names = ", ".join(f"{kind.__name__}(...)" for kind in kinds)
-        raise ValueError(f"{name} must be one of {names}, got {value!r}")
 
 
 def _as_connection(module: nn.Module) -> Connection:

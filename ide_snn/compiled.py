@@ -26,6 +26,7 @@ from ide_snn.optimizations import SpectralMatrix, SpectralMatrixFirstDim, get_co
 from ide_snn.precision import Precision
 from ide_snn.prepared_step import Parts, Plan
 from ide_snn.readout import suits
+from ide_snn.say_once import SayOnce
 from ide_snn.simulation import EVENT_PATHS, Path
 from ide_snn.solvers import Gmres, Solver
 
@@ -48,15 +49,13 @@ class Block(Protocol):
     neuron: NeuronParams
     solver: Solver
     gradient: Any
+    time_steps: int
     input_has_time: bool
     check_input: bool | None
     precision: Precision
     _modules: dict[str, nn.Module | None]
     _solve_hooks: OrderedDict[int, SolveHook]
     _simulation_hooks: OrderedDict[int, Any]
-
-    @property
-    def time_steps(self) -> int: ...
 
     def check(self, x: Tensor) -> None: ...
 
@@ -82,7 +81,7 @@ class CompiledSteps:
     def __init__(self) -> None:
         self._plans: OrderedDict[tuple[Any, ...], tuple[Plan | str, _Watch]] = OrderedDict()
         self._latest: tuple[tuple[Any, ...], tuple[Plan | str, _Watch]] | None = None  # is found without hashing
-        self._said: str | None = None
+        self._say = SayOnce(log)
 
     def __call__(
         self, block: Block, x: Tensor, generator: Generator | None, readout: nn.Linear | None = None
@@ -126,15 +125,10 @@ class CompiledSteps:
         block.population_shapes(tuple(x.shape[2 if block.input_has_time else 1 :]))
         found = _path_or_reason(block, x)
         if found in EVENT_PATHS:
-            self._say(logging.INFO, "compile=True: the training step is compiled")
+            self._say("compile=True: the training step is compiled")
             return Plan(_parts(block, cast(Path, found), readout), len(x))
-        self._say(logging.WARNING, f"compile=True: no effect ({found})")
+        self._say(f"compile=True: no effect ({found})", warn=True)
         return found
-
-    def _say(self, level: int, message: str) -> None:
-        if message != self._said:
-            self._said = message
-            log.log(level, message)
 
     def __reduce__(self) -> tuple[type[CompiledSteps], tuple[()]]:
         return CompiledSteps, ()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ide_snn import integers, native
 from ide_snn.layers import Affine
-from ide_snn.native import Stage
+from ide_snn.native import Stage, pointer
 from ide_snn.products import product
 from ide_snn.solvers.vectors import Factor
 
@@ -96,7 +96,7 @@ class DenseMap:
             return integers.rows_factor(self.packing, scale)
         inputs, outputs = self.affine.weight.shape
         packed, scale = self.packing.keep[-1], None if scale is None else scale.contiguous()
-        work = _Dense(inputs, outputs, packed.data_ptr(), None if scale is None else scale.data_ptr())
+        work = _Dense(inputs, outputs, packed.data_ptr(), pointer(scale))
         each = 8 * (inputs + 1 + integers.SPARE)  # a number and its place, for every input
         return Factor("dense", "multiply", work, (packed, scale), outputs, TOGETHER, scratch_each=each)
 

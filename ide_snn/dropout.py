@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from ide_snn import native as compiled
 from ide_snn.distributed import Share
+from ide_snn.native import Stage, is_plain, why_unavailable
 
 __all__ = ["DropoutStream", "VariationalDropout"]
 
@@ -76,7 +76,7 @@ class VariationalDropout(nn.Module):
         like = like.detach().permute(0, 2, 3, 1) if channels_last else like.detach()
         key, first = self.place(len(like), like.device, generator)
         gain = torch.empty_like(like)
-        if native and _is_plain(gain) and compiled.why_unavailable("elementwise") is None:
+        if native and is_plain(gain) and why_unavailable("elementwise") is None:
             self.draw_stage(gain, int(key), first).run()
         else:
             size = math.prod(like.shape[1:])
@@ -96,11 +96,11 @@ class VariationalDropout(nn.Module):
         """The smallest 16 bits that keep their element."""
         return self._dropped - LEVELS // 2
 
-    def draw_stage(self, gain: Tensor, key: int = 0, first: int = 0) -> compiled.Stage:
+    def draw_stage(self, gain: Tensor, key: int = 0, first: int = 0) -> Stage:
         """The kernel that fills a contiguous float32 `gain` [B, *] on a CPU; `work` has key and first."""
         size = gain.numel() // max(len(gain), 1)
         work = _Gains(len(gain), size, 0, key, first, self._least, gain.data_ptr(), 1 / self.keep)
-        return compiled.Stage("elementwise", "gains", work, gain.numel(), (gain,))
+        return Stage("elementwise", "gains", work, gain.numel(), (gain,))
 
     def place(self, samples: int, device: torch.device, generator: Generator | None) -> tuple[int | Tensor, int]:
         """(key, number of the first sample) of the next mask."""
@@ -199,11 +199,6 @@ class _Gains(ctypes.Structure):
         ("gain", ctypes.c_void_p),
         ("kept", ctypes.c_double),
     ]
-
-
-def _is_plain(gain: Tensor) -> bool:
-    """True for what the compiled kernel can fill."""
-    return gain.is_contiguous() and gain.dtype == torch.float32 and gain.device.type == "cpu"
 
 
 def random_bits(key: int | Tensor, first: int, size: tuple[int, int], device: torch.device) -> Tensor:

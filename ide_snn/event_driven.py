@@ -32,7 +32,7 @@ from torch import Tensor
 from ide_snn import event_works as works
 from ide_snn import native
 from ide_snn.layers import Affine
-from ide_snn.native import Stage
+from ide_snn.native import Stage, pointer
 from ide_snn.neurons import NeuronParams
 from ide_snn.reach import Reach
 from ide_snn.solvers.vectors import Factor
@@ -115,7 +115,7 @@ class EventConnection:
         targets = (self.weight, None, None) if self.unit is None else (None, self.weight, self.unit)
         work = works.Pack(
             *(taps, self.in_channels, self.out_channels, *strides, self.block, self.blocks, 0),
-            *(_pointer(tensor) for tensor in (weight, None, *targets)),
+            *map(pointer, (weight, None, *targets)),
             LEVELS,
         )
         return Stage("events", "pack", work, self.weight.numel(), (weight, self.weight, self.unit))
@@ -130,10 +130,10 @@ class EventConnection:
             *(together, reach.taps, self.block, self.blocks),
             self.weight.data_ptr() if self.unit is None else None,
             self._targets[together].ctypes.data,
-            _pointer(self.bias),
-            _pointer(self.gain),
+            pointer(self.bias),
+            pointer(self.gain),
             None if self.unit is None else self.weight.data_ptr(),
-            _pointer(self.unit),
+            pointer(self.unit),
         )
 
     def __call__(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -155,7 +155,7 @@ class EventConnection:
         struct = self.as_struct(*_together([self], len(x)))
         scratch, _memory = works.Scratch.of(*_room(struct, self.block))
         tensors = (x, None) if is_spikes else (None, x)
-        pointers = (_pointer(tensor) for tensor in (*tensors, scale, y))
+        pointers = map(pointer, (*tensors, scale, y))
         work = works.Product(ctypes.addressof(struct), len(x), 0, *pointers, scratch)
         native.run("events", "product", work, self.reach.taps * (x.numel() + y.numel()))
         return y
@@ -261,7 +261,7 @@ def simulation_stage(
     links = (works.Connection * len(structs))(*structs)
     tensors = [_tensors(state) for state in states]
     populations = (works.Population * len(states))(
-        *(works.Population(own[0].numel() // max(batch, 1), *map(_pointer, own)) for own in tensors)
+        *(works.Population(own[0].numel() // max(batch, 1), *map(pointer, own)) for own in tensors)
     )
     rooms = [_room(struct, c.at_once) for struct, c in zip(structs, connections, strict=True)]
     scratch, memory = works.Scratch.of(*map(max, zip(*rooms, strict=True)), own=own_memory)
@@ -309,7 +309,3 @@ def channels_last(x: Tensor) -> Tensor:
 def empty_channels_last(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

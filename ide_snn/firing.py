@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ide_snn.event_driven import State, channels_last, empty_channels_last
-from ide_snn.native import Stage
+from ide_snn.native import Stage, pointer
 
 
 class _Rate(ctypes.Structure):
@@ -68,7 +68,7 @@ def fire_stage(
 ) -> Stage:
     """The kernel of `fire_`, for tensors that lie alike; beside a `through` the slope may be the gain."""
     tensors = (response, gain, drive, slope, through)
-    work = _Slopes(response.numel(), 0, *(None if t is None else t.data_ptr() for t in tensors), threshold)
+    work = _Slopes(response.numel(), 0, *map(pointer, tensors), threshold)
     return Stage("elementwise", "slopes", work, response.numel(), tensors)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ide_snn.graphs import Graphs
 from ide_snn.layers import Affine
 from ide_snn.neurons import NeuronParams
+from ide_snn.say_once import SayOnce
 from ide_snn.simulation import FUSED_PATHS, Map, Path, Rates, Record, simulate
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class GraphedSimulations:
 
     def __init__(self) -> None:
         self.graphs = Graphs("the time steps")
-        self._said: str | None = None
+        self._say_once = SayOnce(log)
 
     def __call__(
         self,
@@ -86,11 +87,8 @@ class GraphedSimulations:
         return Rates(last, time_steps, path, all=tuple(others[:count]), spike_fraction=tuple(others[count:]))
 
     def _say(self, reason: str | None) -> None:
-        message = "compile=True: the time steps are a CUDA graph"
-        message = message if reason is None else f"compile=True: no effect ({reason})"
-        if message != self._said:
-            self._said = message
-            log.log(logging.INFO if reason is None else logging.WARNING, message)
+        what = "the time steps are a CUDA graph" if reason is None else f"no effect ({reason})"
+        self._say_once(f"compile=True: {what}", warn=reason is not None)
 
     def __reduce__(self) -> tuple[type[GraphedSimulations], tuple[()]]:
         return GraphedSimulations, ()

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ide_snn import integers, native
 from ide_snn.layers import FixedConnection, returns_what_nobody_keeps
-from ide_snn.native import Stage, is_plain
+from ide_snn.native import Stage, is_plain, pointer
 
 OTHER_NORM = "the input stage's batch norm is not as Connection makes it"
 
@@ -67,7 +67,7 @@ def forward_stage(of: Behind, drive: Tensor) -> Stage:
     running = (None,) * 3 if bn is None else (bn.running_mean, bn.running_var, bn.num_batches_tracked)
     settings = (0.0, 0.0) if bn is None else (bn.eps, cast(float, bn.momentum))
     tensors = (of.y, of.bias, of.gain, of.gamma, of.beta, of.mean, of.scale, *running)
-    work = _Forward(*of.y.shape, 0, *map(_pointer, tensors), *settings, drive.data_ptr())
+    work = _Forward(*of.y.shape, 0, *map(pointer, tensors), *settings, drive.data_ptr())
     return Stage("features", "forward", work, of.y.numel(), (*tensors, drive))
 
 
@@ -87,7 +87,7 @@ def backward_stage(
     """
     tensors = (None, slope, through, of.y, of.gain, of.gamma, of.mean, of.scale)
     results = (to_response, to_y, turned)
-    work = _Backward(*of.y.shape, 0, *map(_pointer, (*tensors, *results)))
+    work = _Backward(*of.y.shape, 0, *map(pointer, (*tensors, *results)))
     return Stage("features", "backward", work, 4 * of.y.numel(), (*tensors, *results))
 
 
@@ -101,8 +101,8 @@ def set_results(
 ) -> None:
     """Tells a `backward_stage` where v is, and where the cotangents [N] are to be written."""
     work = back.work
-    work.v, work.to_gamma, work.to_beta = v.data_ptr(), _pointer(to_gamma), _pointer(to_beta)
-    work.to_bias, work.to_feedback_bias = _pointer(to_bias), _pointer(to_feedback_bias)
+    work.v, work.to_gamma, work.to_beta = v.data_ptr(), pointer(to_gamma), pointer(to_beta)
+    work.to_bias, work.to_feedback_bias = pointer(to_bias), pointer(to_feedback_bias)
 
 
 def why_not_batch_norm(bn: nn.Module | None, samples: int) -> str | None:
@@ -179,7 +179,3 @@ class _InputStage(torch.autograd.Function):
         to_x = to_y.mm(weight) if ctx.needs_input_grad[0] else None
         to_weight = integers.product_of_samples(turned, x) if ctx.needs_input_grad[1] else None
         return to_x, to_weight, to_bias, to_gamma, to_beta, None, None
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ide_snn import native
-from ide_snn.native import Stage, Stages
+from ide_snn.native import Stage, Stages, pointer
 from ide_snn.operators import Operator
 from ide_snn.products import product_stage
 from ide_snn.solvers.vectors import Factor
@@ -136,7 +136,7 @@ def rows_factor(packing: Stage, scale: Tensor | None) -> Factor:
     """x -> (scale * x) M of single vectors [inputs], skipping zeros, for the M of a `rows_packing`."""
     (packed, unit, matrix), scale = packing.keep, None if scale is None else scale.contiguous()
     inputs, outputs = matrix.shape
-    pointers = packed.data_ptr(), unit.data_ptr(), None if scale is None else scale.data_ptr()
+    pointers = packed.data_ptr(), unit.data_ptr(), pointer(scale)
     room = 4 * (inputs + 1 + SPARE)
     each, keep = room + 4 * -(-inputs // 2), (packed, unit, scale)
     work = _Whole(inputs, outputs, *pointers)

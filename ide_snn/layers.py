@@ -56,8 +56,9 @@ class Connection(nn.Module):
         pool: kernel size and stride of average pooling; 1 is none.
         dropout: probability of variational dropout of the output.
         constraint: constraint on `op.weight`, see `ide_snn.optimizations`.
-        bound: its c.
-        input_size: (height, width) of the input; `spectral_operator` needs it.
+        bound: its c, without effect for "none". The derivative of the feedback is at most c / V_th long where the norm
+            bounds the operator: the paper's c is 0.5 V_th.
+        input_size: (height, width) of the input; `spectral_operator` needs it, and is for inputs of this size.
         generator: for the start of the constraint's power iteration.
 
     Raises:
@@ -124,6 +125,9 @@ class Connection(nn.Module):
 
     def _output_shape(self, operator: Operator | None, shape: tuple[int, ...]) -> tuple[int, ...]:
         if operator is not None:
+            constraint = get_constraint(self.op)
+            if constraint is not None:
+                constraint.require_input(shape)
             return _pooled(operator.output_shape(shape), self.pool)
         if shape not in self._probed:
             self._probed[shape] = self._require_affine(shape)
@@ -183,7 +187,7 @@ class Connection(nn.Module):
             raise ValueError(
                 f"{type(self.op).__name__} is not affine, but simulation, equilibrium and gradient of a feedback SNN "
                 "require connections that are affine for fixed statistics: remove activations and random layers "
-                "from it (the populations are the nonlinearity)"
+                "from it (the populations are the nonlinearity), or put them in front of the whole network"
             )
         return tuple(mixed.shape[1:])
 

@@ -251,6 +251,11 @@ def is_plain(x: torch.Tensor) -> bool:
     return is_torchs and x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
 
 
+def pointer(x: torch.Tensor | None) -> int | None:
+    """The address of x; NULL for None."""
+    return None if x is None else x.data_ptr()
+
+
 def _compiler() -> str:
     named = os.environ.get("CC")
     for candidate in (named,) if named else ("cc", "gcc", "clang"):

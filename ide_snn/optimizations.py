@@ -78,6 +78,9 @@ class NormConstraint(nn.Module):
         """The norm without estimation error, for reports and tests; not differentiable."""
         return self.norm(weight.detach())
 
+    def require_input(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError for inputs [C, H, W] that the norm is not of; most do not depend on their size."""
+
     def update(self, weight: Tensor, *, native: bool = False) -> None:
         """Improves the estimate by one step; norms in closed form have nothing to improve.
 
@@ -261,6 +264,13 @@ class SpectralOperator(PowerIteration):
             raise ValueError("constraint spectral_operator needs input_size=(height, width) of the convolution's input")
         return (1, self.operator.in_channels, *self.input_size)
 
+    def require_input(self, shape: tuple[int, ...]) -> None:
+        if self.v.shape[1:] != shape:
+            raise ValueError(
+                f"constraint spectral_operator was made for inputs {list(self.v.shape[1:])} and bounds nothing for "
+                f"{list(shape)}: give input_size={tuple(shape[1:])}"
+            )
+
     def times(self, weight: Tensor, v: Tensor) -> Tensor:
         return self.operator.apply(v, weight)
 
@@ -326,8 +336,9 @@ def constrain(
     Args:
         module: `nn.Linear`, `nn.Conv2d` or `nn.ConvTranspose2d`, with its initial weight.
         name: a key of `CONSTRAINTS`.
-        bound: c; the norm in use never exceeds it.
-        input_size: (height, width) of the module's input; `spectral_operator` on convolutions needs it.
+        bound: c; the norm in use exceeds it by as much as the estimate of ||W|| lags behind, see `excess`.
+        input_size: (height, width) of the module's input; `spectral_operator` on convolutions needs it. Inputs of
+            another size are refused.
         generator: for the start of the power iteration.
 
     Raises:

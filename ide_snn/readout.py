@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ide_snn.layers import runs_as_torch_wrote_it
-from ide_snn.native import Stage, is_plain
+from ide_snn.native import Stage, is_plain, pointer
 
 MOST_OUTPUTS = 64  # of which the kernels make light; a library's products suit more
 
@@ -61,7 +61,7 @@ class Readout:
         assert weight.shape == (outputs, inputs)  # the kernels would read past it
         self.outputs = outputs
         self.to_rates = rates.new_empty(samples, inputs)
-        pointers = rates.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), None
+        pointers = rates.data_ptr(), weight.data_ptr(), pointer(bias), None
         elements, keep = rates.numel() + weight.numel(), (rates, weight, bias, self.to_rates)
         forth = _Dots(samples, inputs, outputs, 0, *pointers)
         of_rates = (samples, outputs, inputs, 0, outputs, 1), (None, weight.data_ptr(), self.to_rates.data_ptr(), None)
@@ -80,4 +80,4 @@ class Readout:
         """From contiguous cotangents of the logits [B, O], to those of the weight and the bias, from now on."""
         of_rates, of_weight = (stage.work for stage in self.back)
         of_rates.factor = of_weight.factor = cotangent.data_ptr()
-        of_weight.y, of_weight.sums = to_weight.data_ptr(), None if to_bias is None else to_bias.data_ptr()
+        of_weight.y, of_weight.sums = to_weight.data_ptr(), pointer(to_bias)

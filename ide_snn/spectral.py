@@ -36,8 +36,7 @@ class _Work(ctypes.Structure):
 def fits(matrix: Tensor, weight: Tensor) -> bool:
     """True where the kernels can take the matrix [rows, columns] of a weight: the same numbers in the same order."""
     is_view = weight.is_contiguous() and matrix.is_contiguous() and matrix.data_ptr() == weight.data_ptr()
-    is_plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return is_view and is_plain and native.why_unavailable("spectral") is None
+    return is_view and native.is_plain(weight) and native.why_unavailable("spectral") is None
 
 
 def step_(matrix: Tensor, u: Tensor, v: Tensor) -> float:

@@ -126,7 +126,7 @@ def test_a_model_is_left_as_it_was() -> None:
     assert "forward" not in block.__dict__
     assert block.time_steps == 10
     assert not any(module._forward_hooks for module in model.modules())
-    with pytest.raises(ValueError, match="population 1"):
+    with pytest.raises(ValueError, match="does not fit the network"):
         observe(model, torch.randn(4, 2, 3, 3, dtype=torch.float64))
     assert "forward" not in block.__dict__
 

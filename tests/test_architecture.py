@@ -14,6 +14,7 @@ PACKAGE = PROJECT / "ide_snn"
 LAYERS = [
     "distributed",
     "native",
+    "say_once",
     "precision",
     "neurons",
     "kernels",
@@ -46,6 +47,7 @@ LAYERS = [
     "chain",
     "bptt",
     "implicit",
+    "settings",
     "paths",
     "readout",
     "prepared_step",

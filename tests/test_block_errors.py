@@ -97,11 +97,61 @@ def test_own_batch_norm_in_the_input_stage_with_time_is_refused_in_training() ->
     assert block.eval()(example_input("fc", time_steps=5)).shape == (4, 8)
 
 
-def test_wrong_kinds_of_options() -> None:
-    with pytest.raises(ValueError, match=r"solver must be one of FixedPoint\(...\), .*got 'gmres'"):
-        small_block("fc", solver="gmres")
-    with pytest.raises(ValueError, match="gradient must be one of"):
-        small_block("fc", gradient="implicit")
+WRONG = {
+    "solver": ("gmres", r"solver must be one of FixedPoint\(...\), .*got 'gmres'"),
+    "gradient": ("unrolled", "gradient must be one of"),
+    "neuron": (2.0, "neuron must be one of NeuronParams"),
+    "precision": ("exakt", "precision must be one of float32, exact, fast, got 'exakt'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_kinds_of_options(name: str) -> None:
+    value, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        small_block("fc", **{name: value})
+    block = small_block("fc")
+    before = getattr(block, name)
+    with pytest.raises(ValueError, match=message):
+        setattr(block, name, value)
+    assert getattr(block, name) is before
+
+
+def test_compile_is_set_by_its_own_name() -> None:
+    block = small_block("fc")
+    with pytest.raises(ValueError, match=r"block.compile_ = True"):
+        block.compile = True
+
+
+def test_layers_are_a_list() -> None:
+    conv, norm = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+    for layers in (nn.Sequential(conv, norm), conv):
+        with pytest.raises(ValueError, match=r"layers must be a list .* got \w+: give \[module\]"):
+            FeedbackSNN(input=nn.Conv2d(1, 2, 3), feedback=nn.Conv2d(2, 2, 3, padding=1), layers=layers)
+    block = FeedbackSNN(
+        input=nn.Conv2d(1, 2, 3), feedback=nn.Conv2d(2, 2, 3, padding=1), layers=nn.ModuleList([conv]), time_steps=2
+    )
+    assert block.population_shapes((1, 6, 6)) == [(2, 4, 4)] * 2
+
+
+@pytest.mark.parametrize("kind", ["fc", "conv"])
+def test_a_forgotten_time_axis_is_named(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"does not fit the network.*set input_has_time=True"):
+        small_block(kind)(example_input(kind, time_steps=10))
+    with pytest.raises(ValueError) as caught:
+        small_block("conv")(torch.zeros(4, 3, 8, 8).double())
+    assert "input_has_time" not in str(caught.value)
+
+
+def test_a_norm_for_inputs_of_one_size_refuses_others() -> None:
+    feedback = Connection(nn.Conv2d(2, 2, 3, padding=1), constraint="spectral_operator", input_size=(4, 4))
+    block = FeedbackSNN(input=nn.Conv2d(1, 2, 3, 2, 1), feedback=feedback, time_steps=2)
+    assert block(torch.zeros(1, 1, 8, 8)).shape == (1, 2, 4, 4)
+    with pytest.raises(ValueError, match=r"made for inputs \[2, 4, 4\] .* \[2, 6, 6\]: give input_size=\(6, 6\)"):
+        block(torch.zeros(1, 1, 12, 12))
+
+
+def test_coarse_parameters() -> None:
     with pytest.raises(ValueError, match="too coarse for membranes"):
         FeedbackSNN(input=nn.Linear(6, 8), feedback=nn.Linear(8, 8), time_steps=2).bfloat16()(
             torch.zeros(2, 6).bfloat16()

@@ -171,12 +171,3 @@ def test_of_too_many_graphs_the_one_that_was_not_used_longest_leaves(stand_in) -
         held(size, lambda t: (t.sum(),), torch.ones(size))
     assert [graph.inputs[0].numel() for graph in stand_in] == [1, 2, 3, 2]
     assert len(held) == 2
-
-
-def test_a_block_of_an_earlier_version_gets_what_it_had_not() -> None:
-    block = small_block("conv").float()
-    state = {name: value for name, value in block.__dict__.items() if name not in ("_solves", "_graphed", "_compiled")}
-    earlier = FeedbackSNN.__new__(FeedbackSNN)
-    earlier.__setstate__(state)
-    x = example_input("conv").float()
-    assert torch.equal(earlier.eval()(x), block.eval()(x))

@@ -269,7 +269,10 @@ def test_the_written_out_gradient_is_that_of_autograd(kind: str, dropout: float,
 def test_bad_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="float32, exact, fast"):
         small_block("conv", precision="half")
-    block = small_block("conv", precision="fast", gradient=Bptt())
+    with pytest.raises(ValueError, match="implicit differentiation"):
+        small_block("conv", precision="fast", gradient=Bptt())
+    block = small_block("conv", precision="fast")
+    block.gradient = Bptt()
     with pytest.raises(ValueError, match="implicit differentiation"):
         block(example_input("conv").to(next(block.parameters()).dtype))
 

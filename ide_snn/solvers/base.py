@@ -207,8 +207,7 @@ def solve(
         solver: how (`FixedPoint`, `Anderson`, `Broyden`, `Gmres`).
         y0: first iterate; by default the right-hand side (linear; 0 for GMRES) or `problem.start` (nonlinear).
         trace: keep the largest residual after each evaluation.
-        begun: a run of GMRES on this problem from 0 to go on from; the verdict on it is on one more product, whatever the
-            residual it has.
+        begun: a run of GMRES on this problem from 0 to go on from; the verdict on it is on one more product.
 
     Returns:
         The best finite iterate per group with the verdict on it; the first iterate, or for GMRES the right-hand side,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ide_snn import native
+from ide_snn.native import pointer
 
 Array = NDArray[np.float64]
 LINE = 64  # bytes that are read and written together
@@ -189,7 +190,7 @@ class PreparedGmres:
         norm = b.new_empty(work.groups, dtype=torch.float64)
         work.b, work.y = b.data_ptr(), y.data_ptr()
         work.residual = residual.data_ptr() if self._keeps_residual else None
-        work.start, work.rhs = (None if start is None else start.data_ptr()), (None if rhs is None else rhs.ctypes.data)
+        work.start, work.rhs = pointer(start), (None if rhs is None else rhs.ctypes.data)
         work.norm = norm.data_ptr()
         self._now = y, residual, norm, (b, start, rhs)
 

@@ -1,0 +1,34 @@
+"""What the settings of a block have to be, whenever they are set."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ide_snn.bptt import Bptt
+from ide_snn.implicit import GRADIENTS
+from ide_snn.neurons import NeuronParams
+from ide_snn.precision import require_precision
+from ide_snn.solvers import SOLVERS
+from ide_snn.solvers.base import require_count
+
+
+def _require_kind(name: str, kinds: tuple[type, ...], value: object) -> None:
+    if not isinstance(value, kinds):
+        names = ", ".join(f"{kind.__name__}(...)" for kind in kinds)
+        raise ValueError(f"{name} must be one of {names}, got {value!r}")
+
+
+def _refuse_compile(value: object) -> None:
+    raise ValueError(f"compile is a method of every nn.Module: for the setting write block.compile_ = {value!r}")
+
+
+REQUIRED: dict[str, Callable[[Any], None]] = {  # by name; each raises ValueError
+    "precision": require_precision,
+    "solver": functools.partial(_require_kind, "solver", tuple(SOLVERS.values())),
+    "gradient": functools.partial(_require_kind, "gradient", (*GRADIENTS.values(), Bptt)),
+    "neuron": functools.partial(_require_kind, "neuron", (NeuronParams,)),
+    "time_steps": functools.partial(require_count, "time_steps"),
+    "compile": _refuse_compile,
+}
