@@ -123,6 +123,11 @@ class CompiledSteps:
         """The plan, or why there is none."""
         block.check(x)
         block.population_shapes(tuple(x.shape[2 if block.input_has_time else 1 :]))
+        for connection in (block.input, block.feedback):
+            if connection.operator is not None:
+                connection.require_sizes(
+                    connection.operator, raw_weight(connection.op), cast("Tensor | None", connection.op.bias)
+                )
         found = _path_or_reason(block, x)
         if found in EVENT_PATHS:
             self._say("compile=True: the training step is compiled")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from ide_snn.normalization import (
     fold,
     frozen_statistics,
     normalise,
+    require_features,
 )
 from ide_snn.operators import KNOWN_MODULES, Operator
 from ide_snn.optimizations import constrain, get_constraint, raw_weight, update_constraints
@@ -166,9 +168,17 @@ class Connection(nn.Module):
         layout = torch.channels_last if native and len(output) == 3 else torch.contiguous_format
         template = torch.empty(len(like), *output, dtype=like.dtype, device=like.device, memory_format=layout)
         gain = self.dropout.draw(template, generator, native=native)
-        weight = None if operator is None else self.op.weight
-        bias = None if operator is None else self.op.bias
-        return FixedConnection(self, operator, weight, bias, gain, shape, output)  # type: ignore[arg-type]
+        if operator is None:
+            return FixedConnection(self, None, None, None, gain, shape, output)
+        weight, bias = cast(Tensor, self.op.weight), cast("Tensor | None", self.op.bias)
+        self.require_sizes(operator, weight, bias)
+        return FixedConnection(self, operator, weight, bias, gain, shape, output)
+
+    def require_sizes(self, operator: Operator, weight: Tensor, bias: Tensor | None) -> None:
+        """Raises ValueError unless weight, bias and batch norm, which a user may have put there, suit the operator."""
+        operator.require_sizes(weight, bias)
+        if self.bn is not None:
+            require_features(self.bn, operator.out_channels)
 
     def _require_affine(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of an own module's response; raises ValueError if the module is not affine."""

@@ -63,6 +63,16 @@ def normalise_by_batch(bn: BatchNorm, y: Tensor, weight: Tensor | None, bias: Te
     return _normalise_by(y, mean, var, weight, bias, bn.eps)
 
 
+def require_features(bn: BatchNorm, features: int) -> None:
+    """Raises ValueError unless all that `bn` has is of so many features."""
+    for kind in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(bn, kind)
+        if tensor is not None and tensor.shape != (features,):
+            raise ValueError(
+                f"batch norm's {kind} has the shape {list(tensor.shape)}, its connection has {features} outputs"
+            )
+
+
 def batch_moments(bn: BatchNorm, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, biased variance, count) per channel of y [B, C, *]; of all ranks where `bn` is synchronised.
 

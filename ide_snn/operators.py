@@ -67,6 +67,23 @@ class Operator:
         """The dimension of the weight that runs over output channels: 1 for a transposed convolution."""
         return 1 if self.kind == "conv_transposed" else 0
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        if self.kind == "linear":
+            return self.out_channels, self.in_channels
+        sizes = self.out_channels, self.in_channels
+        first, second = sizes[::-1] if self.kind == "conv_transposed" else sizes
+        return first, second // self.groups, *self.kernel_size
+
+    def require_sizes(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Raises ValueError for tensors of other sizes, which kernels would read or write past."""
+        if weight.shape != self.weight_shape:
+            raise ValueError(
+                f"the weight has the shape {list(weight.shape)}, its module says {list(self.weight_shape)}"
+            )
+        if bias is not None and bias.shape != (self.out_channels,):
+            raise ValueError(f"the bias has the shape {list(bias.shape)}, its module says [{self.out_channels}]")
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """K(W) x + bias for x of shape [B, C, H, W] ([B, C] for linear)."""
         if self.kind == "linear":

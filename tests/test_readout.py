@@ -86,11 +86,16 @@ def replace_classifier(net: SNNIDEFCNet) -> None:
         net.classifier.weight.copy_(torch.linspace(-1, 1, 400).view(10, 40))
 
 
+def replace_bias(net: SNNIDEFCNet) -> None:
+    net.classifier.bias = nn.Parameter(torch.ones(1))
+
+
 CHANGES: dict[str, tuple[Any, bool]] = {
     "nothing": (lambda _: None, True),
     "weights in place": (lambda net: net.classifier.weight.data.mul_(-1), True),
     "other data": (lambda net: setattr(net.classifier.weight, "data", -net.classifier.weight.data), True),
     "no bias": (lambda net: setattr(net.classifier, "bias", None), True),
+    "one bias for all": (replace_bias, False),
     "frozen block": (lambda net: net.block.requires_grad_(False), False),
     "frozen classifier": (lambda net: net.classifier.requires_grad_(False), True),
     "another": (replace_classifier, False),

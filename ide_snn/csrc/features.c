@@ -58,7 +58,8 @@ static inline __attribute__((always_inline)) void forward_some(Forward *w, int64
             w->running_mean[c] += (float)(w->momentum * (mean[j] + shift[j] - w->running_mean[c]));
             w->running_var[c] += (float)(w->momentum * (unbiased - w->running_var[c]));
             factor[j] = w->gamma[c] * w->scale[c];
-            shift[j] = w->beta[c] - mean[j] * factor[j];
+            float nothing = shift[j] - shift[j]; /* but NaN, where the bias is not finite: it is to be seen */
+            shift[j] = w->beta[c] - mean[j] * factor[j] + nothing;
         }
     }
     for (int64_t i = 0; i < samples * stride; i += stride) {

@@ -112,6 +112,7 @@ class Advance:
 
     left_out: of those products, by their shares of the groups, what was left out for groups that did not need them.
     residual: (r [G, N], ||r|| [G]) where the method has it to rounding without a product of the iterate.
+    is_rough: by `LinearProblem.rough`; these steps are not counted against `max_steps`, for the iterate may be no help.
     """
 
     y: Tensor
@@ -119,6 +120,7 @@ class Advance:
     products: int = 0
     left_out: float = 0.0
     residual: tuple[Tensor, Array] | None = None
+    is_rough: bool = False
 
 
 class Method(Protocol):
@@ -250,7 +252,7 @@ def solve(
             if has_verdict:
                 residual = scaled.rows(work.unrows(run.residual) / unit), run.norm * scaled.rhs_norm
             y = scaled.rows(work.unrows(run.y) / unit)
-            start = Advance(y, max(run.most, 1), run.most, run.most - run.mean, residual)
+            start = Advance(y, max(run.most, 1), run.most, run.most - run.mean, residual, is_rough=run.rounding > 0)
         solution = _solve(scaled, solver, None if y0 is None else y0 / unit, trace, start)
         return replace(solution, value=solution.value.mul_(unit))  # nobody else has it
 
@@ -296,7 +298,7 @@ def _solve(
     progress = _Progress(solver.tol)
     trace: list[float] = []
     now = Advance(start, steps=0)
-    steps, products, left_out = 0, 0, 0.0
+    steps, rough_steps, products, left_out = 0, 0, 0, 0.0
     first: Callable[[Tensor, int], Advance] | None = getattr(method, "first", None)
     if first is not None and y0 is None:
         now = first(start, solver.max_steps) if begun is None else begun
@@ -305,19 +307,23 @@ def _solve(
     while True:
         y, steps, products = now.y, steps + now.steps, products + now.products
         left_out += now.left_out
+        rough_steps += now.steps if now.is_rough else 0
         if now.residual is None:
             r, residual = _evaluate(work, y)
             products += 1
+            if now.is_rough:
+                y, r, residual = _without_what_is_worse_than_nothing(work, y, r, residual)
         else:
             r, residual = now.residual[0], relative(now.residual[1], work.rhs_norm)
         trace.append(largest(residual))
         best, best_residual = _keep_best(best, best_residual, y, residual)
-        outcome = progress.verdict(best_residual, residual, out_of_steps=steps >= solver.max_steps)
+        left = solver.max_steps - (steps - rough_steps)
+        outcome = progress.verdict(best_residual, residual, out_of_steps=left <= 0)
         if outcome is not None:
             kept = tuple(trace) if keep_trace else None
             stats = SolveStats(steps, products, products - left_out, torch.from_numpy(best_residual), kept)
             return Solution(work.unrows(best.clone() if best is start else best), outcome, stats)
-        now = method.advance(y, r, solver.max_steps - steps)
+        now = method.advance(y, r, left)
 
 
 def _evaluate(work: Workspace, y: Tensor) -> tuple[Tensor, Array]:
@@ -333,6 +339,18 @@ def _evaluate(work: Workspace, y: Tensor) -> tuple[Tensor, Array]:
         r = image - y
         absolute, scale = _numbers(torch.stack([r.norm(dim=1), image.norm(dim=1)]))
     return r, relative(absolute, scale)
+
+
+def _without_what_is_worse_than_nothing(
+    work: Workspace, y: Tensor, r: Tensor, residual: Array
+) -> tuple[Tensor, Tensor, Array]:
+    """The rough iterate y with its residual; 0, whose residual is b, for groups that it leaves further from solved."""
+    worse = ~(residual < 1) & np.isfinite(work.rhs_norm)
+    if not worse.any():
+        return y, r, residual
+    chosen = torch.from_numpy(worse).to(y.device)[:, None]
+    b = work.rows(work.problem.start)
+    return torch.where(chosen, 0.0, y), torch.where(chosen, b, r), np.where(worse, work.rhs_norm > 0, residual)
 
 
 def _numbers(x: Tensor) -> Array:

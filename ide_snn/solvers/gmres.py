@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,7 +40,8 @@ class Gmres:
 
     With `LinearProblem.rough` and a tol of at least 5 times its noise the first run is of rough products. Its residual
     is given with what the noise makes of it added; where that is above tol the verdict is on a product with A, and
-    further runs are as without it.
+    further runs, with max_steps of their own, are as without it. They start where the rough run ended, or from 0 for
+    groups that it left with a residual of ||b|| or more.
     """
 
     tol: float = 1e-3
@@ -112,7 +113,7 @@ class _Restarted:
         norm = run.norm + rough.noise * run.longest
         is_sure = terms.trust(run) and largest(norm) <= self.settings.tol
         residual = (run.residual, norm * work.rhs_norm) if is_sure else None
-        return Advance(run.y, max(run.most, 1), run.most, 0, residual)
+        return Advance(run.y, max(run.most, 1), run.most, 0, residual, is_rough=True)
 
     def advance(self, y: Tensor, r: Tensor, budget: int) -> Advance:
         return self._run(y, r, budget)
@@ -123,6 +124,9 @@ class _Restarted:
             run = _step_by_step(work.matvec, r, self.terms, dimensions, y, work.rhs_norm)
         else:
             run = gmres(work.factors, r, self.terms, dimensions, y, work.rhs_norm)
+        if y is not None:  # whose own rounding is in r
+            start = largest(relative(y.norm(dim=1).double().cpu().numpy(), work.rhs_norm))
+            run = replace(run, longest=max(run.longest, start))
         return self._advance(run)
 
     def _advance(self, run: Run) -> Advance:

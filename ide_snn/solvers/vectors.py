@@ -96,6 +96,7 @@ class Run:
         norm: of the residual, with that of its rounding where factors are rounded, [G].
         worst, longest: largest norm of a residual, and of a y; NaN if one is.
         most, mean: products, of the group with the most, and per group.
+        rounding: of the factors, see `gmres`.
     """
 
     y: Tensor
@@ -105,6 +106,7 @@ class Run:
     longest: float
     most: int
     mean: float
+    rounding: float = 0
 
 
 def gmres(
@@ -198,7 +200,7 @@ class PreparedGmres:
         y, residual, norm, _ = self._now
         work = self._work
         mean = work.total / max(work.groups, 1)
-        return Run(y, residual, norm.numpy(), work.worst, work.longest, int(work.most), mean)
+        return Run(y, residual, norm.numpy(), work.worst, work.longest, int(work.most), mean, work.rounding)
 
 
 def lines(size: int) -> int:
