@@ -170,8 +170,8 @@ class Ours(Network):
 
     @property
     def path(self) -> str:
-        """What the block has logged about how it computes; float32 has nothing to say."""
-        return str(getattr(self.model.block, "_path_said", None) or "dense float32")
+        """How the block computes."""
+        return self.model.block.path
 
 
 def the_original(setting: Setting, config: Config) -> Network:

@@ -14,7 +14,7 @@ there: it has its memory and time, and its accuracy is stated as not run.
 stay, so this needs no idle machine.
 
 Writes methods.json after every cell, methods.md and, with matplotlib, methods.png to --output; cells that the folder's
-methods.json has already are not run again.
+methods.json has already are not run again; every cell says which version, machine and thread count it is of.
 """
 
 from __future__ import annotations
@@ -174,9 +174,8 @@ def main() -> None:
         parser.error(f"--steps must be at least {MIN_STEPS}")
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "methods.json"
-    where = {**versions(resolve_device(options.device)), "threads": options.threads, "steps": options.steps}
-    saved = json.loads(file.read_text()) if file.exists() else where
-    cells: list[dict[str, Any]] = saved.get("cells", [])
+    where = {**versions(resolve_device(options.device)), "threads": options.threads}
+    cells: list[dict[str, Any]] = json.loads(file.read_text())["cells"] if file.exists() else []
     done = {(c["network"], c["method"], c["time_steps"], c["seed"]): c for c in cells}
     for time_steps in options.time_steps:
         for method in options.methods:
@@ -188,12 +187,13 @@ def main() -> None:
             except RuntimeError as error:
                 raise SystemExit(f"error: {method}, T = {time_steps}: {error}") from None
             if cell is None:
-                cells.append(cell := found)
+                cells.append(cell := {**found, "measured": where})
             else:
                 cell.update({key: found[key] for key in ("test_accuracy", "firing_rate", "train_loss")})
+                cell["completed"] = where
             print(table([cell]).splitlines()[-1], flush=True)
             cells.sort(key=lambda c: (c["time_steps"], list(METHODS).index(c["method"]), c["seed"]))
-            file.write_text(json.dumps({**saved, "cells": cells}, indent=2) + "\n")
+            file.write_text(json.dumps({"cells": cells}, indent=2) + "\n")
     (options.output / "methods.md").write_text(table(cells))
     try:
         draw(cells, options.output / "methods.png")

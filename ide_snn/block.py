@@ -240,12 +240,20 @@ class FeedbackSNN(nn.Module):
         """||W_fb|| in use, |alpha| and the excess of the norm's estimate; empty without a constraint."""
         return self.feedback.feedback_diagnostics()
 
+    @property
+    def path(self) -> str:
+        """How the latest forwards were computed, in the words of the log: the simulation, and what `compile` does."""
+        of_compile = (self._compiled.say_once, self._graphed.say_once) if self.compile_ else ()
+        said = (say.said for say in (self._say_once, *of_compile))
+        return "; ".join(filter(None, said)) or "no forward yet"
+
     def extra_repr(self) -> str:
         return f"{self.neuron}, time_steps={self.time_steps}, {self.solver}, {self.gradient}"
 
     def path_for(self, links: Sequence[FixedConnection], device: torch.device) -> Path:
         """How a forward over `links` is computed; says so, once, where it is not what `precision` asked for."""
         if self.precision == "float32":
+            self._say_once("precision=float32: dense")
             return "dense"
         self._require_differentiable()
         path, reason, message = self._choice.of(links, device)

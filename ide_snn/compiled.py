@@ -81,7 +81,7 @@ class CompiledSteps:
     def __init__(self) -> None:
         self._plans: OrderedDict[tuple[Any, ...], tuple[Plan | str, _Watch]] = OrderedDict()
         self._latest: tuple[tuple[Any, ...], tuple[Plan | str, _Watch]] | None = None  # is found without hashing
-        self._say = SayOnce(log)
+        self.say_once = SayOnce(log)
 
     def __call__(
         self, block: Block, x: Tensor, generator: Generator | None, readout: nn.Linear | None = None
@@ -130,9 +130,9 @@ class CompiledSteps:
                 )
         found = _path_or_reason(block, x)
         if found in EVENT_PATHS:
-            self._say("compile=True: the training step is compiled")
+            self.say_once("compile=True: the training step is compiled")
             return Plan(_parts(block, cast(Path, found), readout), len(x))
-        self._say(f"compile=True: no effect ({found})", warn=True)
+        self.say_once(f"compile=True: no effect ({found})", warn=True)
         return found
 
     def __reduce__(self) -> tuple[type[CompiledSteps], tuple[()]]:

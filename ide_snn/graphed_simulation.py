@@ -54,7 +54,7 @@ class GraphedSimulations:
 
     def __init__(self) -> None:
         self.graphs = Graphs("the time steps")
-        self._say_once = SayOnce(log)
+        self.say_once = SayOnce(log)
 
     def __call__(
         self,
@@ -88,7 +88,7 @@ class GraphedSimulations:
 
     def _say(self, reason: str | None) -> None:
         what = "the time steps are a CUDA graph" if reason is None else f"no effect ({reason})"
-        self._say_once(f"compile=True: {what}", warn=reason is not None)
+        self.say_once(f"compile=True: {what}", warn=reason is not None)
 
     def __reduce__(self) -> tuple[type[GraphedSimulations], tuple[()]]:
         return GraphedSimulations, ()

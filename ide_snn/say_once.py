@@ -6,13 +6,17 @@ import logging
 
 
 class SayOnce:
-    """Logs a message unless it is the one that was logged last."""
+    """Logs a message unless it is the one that was logged last.
+
+    Attributes:
+        said: that message; None before the first.
+    """
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
-        self._said: str | None = None
+        self.said: str | None = None
 
     def __call__(self, message: str, *, warn: bool = False) -> None:
-        if message != self._said:
-            self._said = message
+        if message != self.said:
+            self.said = message
             self._log.log(logging.WARNING if warn else logging.INFO, message)

@@ -47,6 +47,7 @@ def test_three_steps_are_those_that_are_not_compiled(variant: str) -> None:
             optimizer.step()
     assert is_compiled(compiled)
     assert not is_compiled(plain)
+    assert compiled.path == f"{plain.path}; compile=True: the training step is compiled"
     for (name, buffer), (_, expected) in zip(compiled.named_buffers(), plain.named_buffers(), strict=True):
         torch.testing.assert_close(buffer, expected, rtol=1e-4, atol=1e-5, msg=name)
 

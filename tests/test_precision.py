@@ -266,6 +266,16 @@ def test_the_written_out_gradient_is_that_of_autograd(kind: str, dropout: float,
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 * largest)
 
 
+def test_the_block_says_how_it_computes() -> None:
+    block = small_block("conv", precision="exact").float()
+    assert block.path == "no forward yet"
+    for precision in ("exact", "fast", "float32"):
+        block.precision = precision
+        rates = block.simulate(example_input("conv").float())
+        assert block.path.startswith(f"precision={precision}: ")
+        assert f": {PATHS[rates.path]}" in block.path
+
+
 def test_bad_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="float32, exact, fast"):
         small_block("conv", precision="half")
