@@ -8,8 +8,9 @@ from ide_snn.block import FeedbackSNN
 from ide_snn.bptt import Bptt
 from ide_snn.implicit import Implicit, Unrolled
 from ide_snn.layers import Connection
-from ide_snn.models import SNNIDEConvMultiLayerNet, SNNIDEConvNet, SNNIDEFCNet
+from ide_snn.models import FeedbackClassifier, SNNIDEConvMultiLayerNet, SNNIDEConvNet, SNNIDEFCNet
 from ide_snn.neurons import NeuronParams
+from ide_snn.simulation import Record
 from ide_snn.solvers import Anderson, Broyden, FixedPoint, Gmres, Outcome, Solution, SolverWarning, solve
 
 __version__ = "0.1.0"
@@ -19,12 +20,14 @@ __all__ = [
     "Bptt",
     "Broyden",
     "Connection",
+    "FeedbackClassifier",
     "FeedbackSNN",
     "FixedPoint",
     "Gmres",
     "Implicit",
     "NeuronParams",
     "Outcome",
+    "Record",
     "SNNIDEConvMultiLayerNet",
     "SNNIDEConvNet",
     "SNNIDEFCNet",

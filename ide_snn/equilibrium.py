@@ -221,7 +221,7 @@ class EquilibriumMap:
             assert isinstance(affine, Affine)  # callers have seen that all connections are known
             plain = replace(affine, gain=None)
             if self.path in EVENT_PATHS:
-                # the slopes of fully connected populations are not thin enough for a walk to beat one dense product
+                # that of fully connected populations skips zeros where they are most of a vector
                 maps.append(DenseMap(plain) if affine.operator.kind == "linear" else EventMap(plain))
             else:
                 maps.append(plain)
