@@ -2,8 +2,8 @@
 
 A fully connected population is solved a few samples at a time, whose vectors stay in the cache from one product to the
 next; a library's product would take the whole batch, solved samples included. Where fewer than half of a vector's
-numbers are not 0 (slopes are 0 for silent and saturated neurons) only those are multiplied. With `precision=fast` factors may be
-rounded to 16-bit whole numbers (`ide_snn.integers`), which takes 0.6 of the time.
+numbers are not 0 (slopes are 0 for silent and saturated neurons) only those are multiplied. With `precision=fast`
+factors may be rounded to 16-bit whole numbers (`ide_snn.integers`), which takes 0.6 of the time.
 """
 
 from __future__ import annotations

@@ -62,10 +62,6 @@ class PaperRow:
         return TITLES[self.data]
 
     @property
-    def network_title(self) -> str:
-        return NETWORKS[self.model]
-
-    @property
     def train_samples(self) -> int:
         return SIZES[self.data][0]
 

@@ -193,32 +193,32 @@ class _Slot:
             simulation,
             rate_stage(states, total, self.rates),
             fire_stage(response, of_feedback, self.drive, self.slope, self.through, neuron.v_threshold),
-            *([] if self.readout is None else [self.readout.forth]),
+            *([] if self.readout is None else [self.readout.forward_stage]),
         ]
         self.response = None  # of the input stage, in whole numbers
         if self.parts.in_integers:
             features, inputs = self._w_in.shape
             self.response = IntegerProduct(len(self.y), inputs, features, by_outputs=True, own_memory=True)
-            self.forth = [Stages([*before, *self.response.stages, *behind])]
+            self.forward_calls = [Stages([*before, *self.response.stages, *behind])]
         else:
-            self.forth = [Stages(before), Stages(behind)]
+            self.forward_calls = [Stages(before), Stages(behind)]
 
     def _lay_out_backward(self, affine: Affine, batch: int) -> None:
         features = affine.operator.out_channels
-        of_readout = () if self.readout is None else self.readout.back
-        self.third = Stages([*of_readout, *self._lay_out_solve(affine, batch)])
-        self.back = input_stage.backward_stage(
+        of_readout = () if self.readout is None else self.readout.backward_stages
+        self.solve_call = Stages([*of_readout, *self._lay_out_solve(affine, batch)])
+        self.of_input_stage = input_stage.backward_stage(
             self.behind, self.to_y, self.to_y_turned, self.slope, self.through, self.to_response
         )
         # the weight's cotangent d^T a, by a product that skips the zeros of d
         rates = of_rates(self.rates, rounded=self.parts.is_rounded)
         self.product = product_stage(rates.adjoint_factor(None), features, batch, own_memory=True)
         self.product.work.x = self.to_response.data_ptr()
-        stages = [self.back, rates.packing, self.product, *([] if self.pull is None else [self.pull])]
-        self.fourth, self.to_w_in = Stages(stages), None
+        stages = [self.of_input_stage, rates.packing, self.product, *([] if self.pull is None else [self.pull])]
+        self.backward_call, self.to_w_in = Stages(stages), None
         if self.parts.in_integers and batch <= MOST_INPUTS:  # its sums are over the samples
             self.to_w_in = IntegerProduct(features, batch, self._w_in.shape[1], own_memory=True)
-            self.fifth = Stages([*stages, *self.to_w_in.stages])
+            self.backward_call_with_input = Stages([*stages, *self.to_w_in.stages])
 
     def _lay_out_solve(self, affine: Affine, batch: int) -> list[Stage]:
         """The stages of the solve, with J^T in whole numbers where the tolerance allows that."""
@@ -250,10 +250,10 @@ class _Slot:
             self.readout.take(logits)
         if self.response is not None:
             self.response.take(x, self._w_in, self.y)
-        self.forth[0].run()
+        self.forward_calls[0].run()
         if self.response is None:
             torch.mm(x.detach(), self._w_in.t(), out=self.y)
-        for stages in self.forth[1:]:
+        for stages in self.forward_calls[1:]:
             stages.run()
         return self.rates.clone() if logits is None else logits  # the user's, who may change it
 
@@ -268,7 +268,7 @@ class _Slot:
     def solve(self, g: Tensor) -> Solution:
         """v with (I - J^T) v = g for the g of `to_rates`."""
         self.gmres.take(g)
-        self.third.run()
+        self.solve_call.run()
         run, solver = self.gmres.result(), self.parts.solver
         if self.terms.trust(run) and run.worst <= solver.tol:
             return Solution.of(run, run.y)
@@ -284,7 +284,7 @@ class _Slot:
         assert raw is not None  # as above
         vectors = [None if p is None else torch.empty_like(p) for p in (gamma, beta, b_in, b)]
         to_raw, to_alpha = torch.empty_like(raw), None
-        input_stage.set_results(self.back, v, *vectors)
+        input_stage.set_results(self.of_input_stage, v, *vectors)
         self.product.work.y = to_raw.data_ptr()
         if self.pull is not None:
             work = self.pull.work
@@ -293,9 +293,9 @@ class _Slot:
         to_w_in = torch.empty_like(self._w_in) if needed[1] else None
         if to_w_in is not None and self.to_w_in is not None:
             self.to_w_in.take(self.to_y_turned, cast(Tensor, x), to_w_in)
-            self.fifth.run()
+            self.backward_call_with_input.run()
         else:
-            self.fourth.run()
+            self.backward_call.run()
             if to_w_in is not None:
                 torch.mm(self.to_y_turned, cast(Tensor, x), out=to_w_in)
         if self.pull is not None and alpha is not None:

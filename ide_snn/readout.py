@@ -53,8 +53,9 @@ class Readout:
 
     Attributes:
         outputs: O.
-        forth: computes the logits, once `take` has said where to.
-        back: compute `to_rates` [B, N] and the cotangents of the weight and the bias, once `pull` has said of what.
+        forward_stage: computes the logits, once `take` has said where to.
+        backward_stages: compute `to_rates` [B, N] and the cotangents of the weight and the bias, once `pull` has said
+            of what.
     """
 
     def __init__(self, rates: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -64,21 +65,21 @@ class Readout:
         self.to_rates = rates.new_empty(samples, inputs)
         pointers = rates.data_ptr(), weight.data_ptr(), pointer(bias), None
         elements, keep = rates.numel() + weight.numel(), (rates, weight, bias, self.to_rates)
-        forth = _Dots(samples, inputs, outputs, 0, *pointers)
+        dots = _Dots(samples, inputs, outputs, 0, *pointers)
         of_rates = (samples, outputs, inputs, 0, outputs, 1), (None, weight.data_ptr(), self.to_rates.data_ptr(), None)
         of_weight = (outputs, samples, inputs, 0, 1, outputs), (None, rates.data_ptr(), None, None)
-        self.forth = Stage("readout", "dots", forth, elements, keep)
-        self.back = tuple(
+        self.forward_stage = Stage("readout", "dots", dots, elements, keep)
+        self.backward_stages = tuple(
             Stage("readout", "combine", _Combine(*sizes, *places), elements, keep)
             for sizes, places in (of_rates, of_weight)
         )
 
     def take(self, logits: Tensor) -> None:
         """Write to these [B, O] from now on."""
-        self.forth.work.y = logits.data_ptr()
+        self.forward_stage.work.y = logits.data_ptr()
 
     def pull(self, cotangent: Tensor, to_weight: Tensor, to_bias: Tensor | None) -> None:
         """From contiguous cotangents of the logits [B, O], to those of the weight and the bias, from now on."""
-        of_rates, of_weight = (stage.work for stage in self.back)
+        of_rates, of_weight = (stage.work for stage in self.backward_stages)
         of_rates.factor = of_weight.factor = cotangent.data_ptr()
         of_weight.y, of_weight.sums = to_weight.data_ptr(), pointer(to_bias)

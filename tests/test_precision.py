@@ -18,6 +18,7 @@ from ide_snn import block as block_module
 from ide_snn import chain as chain_module
 from ide_snn.bptt import Bptt
 from ide_snn.layers import Connection
+from ide_snn.paths import PATHS
 from ide_snn.precision import Precision, products_rounded, round_products
 
 REASON = native.why_unavailable("events")

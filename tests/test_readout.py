@@ -45,7 +45,7 @@ def test_products_are_those_of_float64(samples: int, inputs: int, outputs: int, 
         readout.take(logits)
         readout.pull(cotangent, to_weight, to_bias if has_bias else None)
         for _ in range(2):
-            Stages([readout.forth, *readout.back]).run()
+            Stages([readout.forward_stage, *readout.backward_stages]).run()
     finally:
         torch.set_num_threads(before)
     a, w, b, d = (tensor.double() for tensor in (rates, weight, bias, cotangent))
