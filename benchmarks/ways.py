@@ -228,31 +228,31 @@ def events(levels: bool = False) -> Prepare:
     return prepare
 
 
-def dense(*, rounded: bool = False) -> Prepare:
+def dense(*, whole: bool = False) -> Prepare:
     """This project's product of the linear solves, which multiplies with the transposed weight of a layer."""
 
     def prepare(operator: Operator, weight: Tensor, x: Tensor, _y: Tensor | None) -> Call:
         inputs, outputs = operator.in_channels, operator.out_channels
-        return _skipping(Operator("linear", outputs, inputs), weight.t(), x, rounded)
+        return _skipping(Operator("linear", outputs, inputs), weight.t(), x, whole)
 
     return prepare
 
 
-def dense_gradient(*, rounded: bool = False) -> Prepare:
+def dense_gradient(*, whole: bool = False) -> Prepare:
     """The same kernels for y^T x, which skip the zeros of y where there are many."""
 
     def prepare(operator: Operator, _weight: Tensor, x: Tensor, y: Tensor | None) -> Call:
         assert y is not None
-        return _skipping(Operator("linear", operator.in_channels, len(x)), x, y.t(), rounded)
+        return _skipping(Operator("linear", operator.in_channels, len(x)), x, y.t(), whole)
 
     return prepare
 
 
-def _skipping(layer: Operator, matrix: Tensor, x: Tensor, rounded: bool) -> Call:
+def _skipping(layer: Operator, matrix: Tensor, x: Tensor, whole: bool) -> Call:
     if rounded and integers.why_unavailable() is not None:
         raise RuntimeError(integers.why_unavailable())
     weight, z = matrix.float().contiguous(), x.float().contiguous()
-    product = DenseMap(Affine(layer, weight, None, 1, None, tuple(weight.shape[1:])), rounded=rounded)
+    product = DenseMap(Affine(layer, weight, None, 1, None, tuple(weight.shape[1:])), whole=whole)
     return lambda: product.adjoint(z)
 
 
@@ -330,7 +330,7 @@ WAYS = (
     Way("fbgemm", "int8 to 8 bits", fbgemm, ("linear", "conv"), device="cpu"),
     Way("dense", "float32", dense(), LINEAR, device="cpu"),
     Way("integers", "whole numbers", whole_numbers, LINEAR, device="cpu"),
-    Way("integers, zeros skipped", "whole numbers", dense(rounded=True), LINEAR, device="cpu"),
+    Way("integers, zeros skipped", "whole numbers", dense(whole=True), LINEAR, device="cpu"),
     Way("events", "events", events(), device="cpu"),
     Way("events", "events16", events(levels=True), device="cpu"),
     Way("torch", "float32", gradient(F32), gradient=True),
@@ -340,7 +340,7 @@ WAYS = (
     Way("oneDNN, linear", "float32", gradient_as_product, LINEAR, gradient=True, device="cpu"),
     Way("dense", "float32", dense_gradient(), LINEAR, gradient=True, device="cpu"),
     Way("integers", "whole numbers", whole_gradient, LINEAR, gradient=True, device="cpu"),
-    Way("integers, zeros skipped", "whole numbers", dense_gradient(rounded=True), LINEAR, gradient=True, device="cpu"),
+    Way("integers, zeros skipped", "whole numbers", dense_gradient(whole=True), LINEAR, gradient=True, device="cpu"),
     Way("torch", "bfloat16", gradient(BF16), LINEAR, gradient=True, needs=FAST_BF16),
     Way("torch, channels last", "bfloat16", gradient(BF16, True), CONV, gradient=True, needs=FAST_BF16),
     Way("torch, channels last", "tf32", gradient(F32, True, tf32=True), gradient=True, device="cuda"),

@@ -89,7 +89,7 @@ class _Chain(torch.autograd.Function):
             if affine.operator.kind == "linear":
                 turned = turned_product(v, slope)
                 # by a product that skips zeros: most slopes are 0
-                to_weight = of_rates(x, rounded=f.takes_integers).adjoint(turned) if wanted[1] else None
+                to_weight = of_rates(x, whole=f.takes_integers).adjoint(turned) if wanted[1] else None
                 to_bias = turned.sum(1) if wanted[2] else None
             else:
                 d, rounded = v * slope, f.rounds_convolutions
@@ -102,12 +102,12 @@ class _Chain(torch.autograd.Function):
         return None, None, None, None, v * first if ctx.needs_input_grad[4] else None, *gradients
 
 
-def of_rates(x: Tensor, *, rounded: bool) -> DenseMap:
+def of_rates(x: Tensor, *, whole: bool) -> DenseMap:
     """The map whose adjoint is d^T -> d^T x [N, M], for d [B, N] and x [B, M].
 
     Args:
-        rounded: in whole numbers, where the batch is not too large for them.
+        whole: in whole numbers, where the batch is not too large for them.
     """
     samples, inputs = x.shape
     plain = DenseMap(Affine(Operator("linear", inputs, samples), x, None, 1, None, (inputs,)))
-    return replace(plain, rounded=rounded and plain.can_be_rounded)
+    return replace(plain, whole=whole and plain.can_be_whole)

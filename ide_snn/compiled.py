@@ -270,6 +270,6 @@ def _parts(block: Block, path: Path, readout: nn.Linear | None) -> Parts:
         solver=cast(Gmres, block.solver),
         path=path,
         in_integers=block.takes_integers(path),
-        is_rounded=integers.allowed(block.precision),
+        may_be_whole=integers.allowed(block.precision),
         readout=readout,
     )

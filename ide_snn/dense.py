@@ -52,15 +52,15 @@ class DenseMap:
 
     Args:
         affine: the layer.
-        rounded: the adjoint is in whole numbers: for at most `integers.MOST_INPUTS` outputs of the layer.
+        whole: the adjoint is in whole numbers: for at most `integers.MOST_INPUTS` outputs of the layer.
     """
 
     affine: Affine
-    rounded: bool = False
+    whole: bool = False
 
     @property
-    def can_be_rounded(self) -> bool:
-        """True where `rounded` is allowed and the machine has the kernels."""
+    def can_be_whole(self) -> bool:
+        """True where `whole` is allowed and the machine has the kernels."""
         return len(self.affine.weight) <= integers.MOST_INPUTS and integers.why_unavailable() is None
 
     def linear(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class DenseMap:
         `work.scale` may be the address of a float32 that W is multiplied by.
         """
         weight = self.affine.weight.contiguous()
-        if self.rounded:
+        if self.whole:
             return integers.rows_packing(weight)
         columns = int(native.library("dense").columns())
         inputs, outputs = weight.shape
@@ -93,7 +93,7 @@ class DenseMap:
 
     def adjoint_factor(self, scale: Tensor | None) -> Factor:
         """y -> W^T (scale * y) of single samples, for solves."""
-        if self.rounded:
+        if self.whole:
             return integers.rows_factor(self.packing, scale)
         inputs, outputs = self.affine.weight.shape
         packed, scale = self.packing.keep[-1], None if scale is None else scale.contiguous()

@@ -96,7 +96,7 @@ class EquilibriumMap:
 
     @property
     def takes_integers(self) -> bool:
-        """True where fully connected connections may be in 16-bit whole numbers, as `DenseMap(..., rounded=True)`."""
+        """True where fully connected connections may be in 16-bit whole numbers, as `DenseMap(..., whole=True)`."""
         return self.path in EVENT_PATHS and integers.allowed(self.precision)
 
     @property
@@ -290,10 +290,10 @@ class AnalyticLinearisation:
         return factors
 
     def in_whole_numbers(self) -> AnalyticLinearisation | None:
-        """With J^T of fully connected maps rounded to 16-bit whole numbers; None where there are others."""
-        if not all(isinstance(link, DenseMap) and link.can_be_rounded for link in self.maps):
+        """With J^T of fully connected maps in 16-bit whole numbers; None where there are others."""
+        if not all(isinstance(link, DenseMap) and link.can_be_whole for link in self.maps):
             return None
-        return replace(self, maps=tuple(replace(cast(DenseMap, link), rounded=True) for link in self.maps))
+        return replace(self, maps=tuple(replace(cast(DenseMap, link), whole=True) for link in self.maps))
 
     def in_bfloat16(self) -> AnalyticLinearisation | None:
         """With products in bfloat16; None where that is not faster than walks over what all the slopes leave."""

@@ -71,7 +71,7 @@ class Parts:
     solver: Gmres
     path: Path
     in_integers: bool  # products of the input stage, see `ide_snn.integers`
-    is_rounded: bool  # loose solves and the gradient of the feedback may be in whole numbers, too
+    may_be_whole: bool  # loose solves and the gradient of the feedback may be in whole numbers, too
     readout: nn.Linear | None  # of the rates
 
     @property
@@ -211,7 +211,7 @@ class _Slot:
             self.behind, self.to_y, self.to_y_turned, self.slope, self.through, self.to_response
         )
         # the weight's cotangent d^T a, by a product that skips the zeros of d
-        rates = of_rates(self.rates, rounded=self.parts.is_rounded)
+        rates = of_rates(self.rates, whole=self.parts.may_be_whole)
         self.product = product_stage(rates.adjoint_factor(None), features, batch, own_memory=True)
         self.product.work.x = self.to_response.data_ptr()
         stages = [self.of_input_stage, rates.packing, self.product, *([] if self.pull is None else [self.pull])]
@@ -224,8 +224,8 @@ class _Slot:
         """The stages of the solve, with J^T in whole numbers where the tolerance allows that."""
         solver, features = self.parts.solver, affine.operator.out_channels
         self.exact, noise = DenseMap(replace(affine, gain=None)), integers.noise(features)  # the slope has the gain
-        self.is_rough = self.parts.is_rounded and self.exact.can_be_rounded and solver.tolerates(noise)
-        used, noise = (replace(self.exact, rounded=True), noise) if self.is_rough else (self.exact, 0)
+        self.is_rough = self.parts.may_be_whole and self.exact.can_be_whole and solver.tolerates(noise)
+        used, noise = (replace(self.exact, whole=True), noise) if self.is_rough else (self.exact, 0)
         self.terms = solver.terms(torch.float32, noise)
         self.gmres = PreparedGmres(
             *((used.adjoint_factor(self.slope),), batch, features, self.terms, min(solver.restart, solver.max_steps)),

@@ -33,7 +33,7 @@ def thin(outputs: int, inputs: int, samples: int, share: float, seed: int = 0) -
     mask = torch.rand(samples, outputs, generator=generator) < share
     x, scale = torch.randn(samples, outputs, generator=generator), torch.rand(samples, outputs, generator=generator)
     layer = Affine(Operator("linear", inputs, outputs), weight, None, 1, None, (inputs,))
-    return DenseMap(layer, rounded=True), x * mask, scale
+    return DenseMap(layer, whole=True), x * mask, scale
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,7 +93,7 @@ def test_what_is_not_finite_is_not_lost_among_zeros(value: float, share: float) 
 def test_a_weight_is_scaled_as_it_is_packed() -> None:
     product, x, _ = thin(51, 70, 9, 0.4)
     factor = ctypes.c_float(0.37)
-    scaled = DenseMap(replace(product.affine, weight=product.affine.weight * factor.value), rounded=True)
+    scaled = DenseMap(replace(product.affine, weight=product.affine.weight * factor.value), whole=True)
     product.packing.work.scale = ctypes.addressof(factor)
     Stages([product.packing]).run()
     assert torch.equal(product.adjoint(x), scaled.adjoint(x))
@@ -105,7 +105,7 @@ def test_the_noise_of_a_solve_is_what_it_is_said_to_be(features: int, batch: int
     product, x, _ = thin(features, features, batch, 1.0)
     weight = 7 * product.affine.weight
     slopes = 1.25 * (torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.4)
-    rounded, exact = (DenseMap(replace(product.affine, weight=weight), rounded=r) for r in (True, False))
+    rounded, exact = (DenseMap(replace(product.affine, weight=weight), whole=r) for r in (True, False))
     wanted = exact.adjoint(x, slopes)
     error = (rounded.adjoint(x, slopes) - wanted).norm(dim=1) / wanted.norm(dim=1)
     assert 0.2 * integers.noise(features) < float(error.max()) < integers.noise(features)
@@ -147,7 +147,7 @@ def test_a_verdict_that_noise_could_decide_is_on_the_exact_product(compile: bool
         exact.clear()
         monkeypatch.setattr(integers, "noise", lambda _inputs, noise=noise: noise)
         monkeypatch.setattr(
-            DenseMap, "adjoint_factor", lambda own, scale: (exact.append(not own.rounded), factor(own, scale))[1]
+            DenseMap, "adjoint_factor", lambda own, scale: (exact.append(not own.whole), factor(own, scale))[1]
         )
         net = block(90, 60, compile=compile, precision="fast", solver=Gmres(1e-2), neuron=NeuronParams(0.6, 0.95))
         net.register_solve_hook(solutions.append)
