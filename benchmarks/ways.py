@@ -249,7 +249,7 @@ def dense_gradient(*, whole: bool = False) -> Prepare:
 
 
 def _skipping(layer: Operator, matrix: Tensor, x: Tensor, whole: bool) -> Call:
-    if rounded and integers.why_unavailable() is not None:
+    if whole and integers.why_unavailable() is not None:
         raise RuntimeError(integers.why_unavailable())
     weight, z = matrix.float().contiguous(), x.float().contiguous()
     product = DenseMap(Affine(layer, weight, None, 1, None, tuple(weight.shape[1:])), whole=whole)
