@@ -226,6 +226,8 @@ class SpectralMatrix(PowerIteration):
             rows.add_(torch.outer(u, v).view(rows.shape))
 
     def matrix(self, weight: Tensor) -> Tensor:
+        if self.operator.kind == "linear":
+            return weight
         return weight.transpose(0, self.operator.output_dim_of_weight).flatten(1)
 
     def _shape_of_v(self, weight: Tensor) -> tuple[int, ...]:

@@ -136,11 +136,8 @@ class OfUnitNorm(torch.autograd.Function):
         if ctx.native and all(ctx.needs_input_grad[:2]):
             matrix = ctx.norm.matrix(weight)
             result, p = pull(g.contiguous(), matrix, u, v, float(s), float(scale))
-            return (
-                result.view(weight.shape),
-                alpha.new_tensor(p * bool(alpha.detach().abs() <= ctx.norm.bound)),  # NaN stays
-                None,
-            )
+            inside = abs(alpha.item()) <= float(np.float32(ctx.norm.bound))
+            return result.view(weight.shape), torch.full_like(alpha, p * inside), None  # NaN stays
         p = torch.dot(g.flatten(), weight.flatten()) / s
         to_weight = to_alpha = None
         if ctx.needs_input_grad[0]:
