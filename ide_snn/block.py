@@ -102,7 +102,7 @@ class FeedbackSNN(nn.Module):
         self.compile_ = compile
         self._require_differentiable()
         self._compiled, self._graphed, self._solves = CompiledSteps(), GraphedSimulations(), GraphedSolves()
-        self._say_once = SayOnce(log)
+        self.say_once = SayOnce(log)
         self._solve_hooks: OrderedDict[int, SolveHook] = OrderedDict()
         self._simulation_hooks: OrderedDict[int, SimulationHook] = OrderedDict()
 
@@ -110,7 +110,8 @@ class FeedbackSNN(nn.Module):
         require = REQUIRED.get(name)
         if require is not None:
             require(value)
-        super().__setattr__(name, value)
+        is_connection = name in ("input", "feedback") and isinstance(value, nn.Module)
+        super().__setattr__(name, _as_connection(value) if is_connection else value)
 
     def _require_differentiable(self) -> None:
         if isinstance(self.gradient, Bptt) and self.precision != "float32":
@@ -219,7 +220,7 @@ class FeedbackSNN(nn.Module):
                 shapes.append(layer.output_shape(shapes[-1]))  # type: ignore[operator]
             returned = self.feedback.output_shape(shapes[-1])
         except (ValueError, RuntimeError) as error:
-            hint = "; for inputs [T, B, ...] set input_has_time=True" if self._could_have_time(input_shape) else ""
+            hint = "; for inputs [T, B, ...] set input_has_time=True" if self._lacks_time(input_shape) else ""
             raise ValueError(f"input of shape {list(input_shape)} does not fit the network: {error}{hint}") from error
         if returned != shapes[0]:
             raise ValueError(
@@ -228,13 +229,17 @@ class FeedbackSNN(nn.Module):
             )
         return shapes
 
-    def _could_have_time(self, input_shape: tuple[int, ...]) -> bool:
-        """True where an input that does not fit would, were its first two dimensions time and batch."""
-        try:
-            self.input.output_shape(input_shape[1:])
-        except (ValueError, RuntimeError):
-            return False
-        return not self.input_has_time
+    def _lacks_time(self, input_shape: tuple[int, ...]) -> bool:
+        """True where the input stage refuses the shape, but not what it is without its first two dimensions."""
+
+        def fits(shape: tuple[int, ...]) -> bool:
+            try:
+                return bool(self.input.output_shape(shape))
+            except ValueError:
+                return False
+
+        is_constant = self.input.is_known and not self.input_has_time  # an own module is not asked for strange shapes
+        return is_constant and not fits(input_shape) and fits(input_shape[1:])
 
     def feedback_diagnostics(self) -> dict[str, float]:
         """||W_fb|| in use, |alpha| and the excess of the norm's estimate; empty without a constraint."""
@@ -244,7 +249,7 @@ class FeedbackSNN(nn.Module):
     def path(self) -> str:
         """How the latest forwards were computed, in the words of the log: the simulation, and what `compile` does."""
         of_compile = (self._compiled.say_once, self._graphed.say_once) if self.compile_ else ()
-        said = (say.said for say in (self._say_once, *of_compile))
+        said = (say.latest for say in (self.say_once, *of_compile))
         return "; ".join(filter(None, said)) or "no forward yet"
 
     def extra_repr(self) -> str:
@@ -253,11 +258,11 @@ class FeedbackSNN(nn.Module):
     def path_for(self, links: Sequence[FixedConnection], device: torch.device) -> Path:
         """How a forward over `links` is computed; says so, once, where it is not what `precision` asked for."""
         if self.precision == "float32":
-            self._say_once("precision=float32: dense")
+            self.say_once("precision=float32: dense")
             return "dense"
         self._require_differentiable()
         path, reason, message = self._choice.of(links, device)
-        self._say_once(message, warn=reason is not None)
+        self.say_once(message, warn=reason is not None)
         return path
 
     def takes_integers(self, path: Path) -> bool:

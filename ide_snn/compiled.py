@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -53,6 +53,7 @@ class Block(Protocol):
     input_has_time: bool
     check_input: bool | None
     precision: Precision
+    say_once: SayOnce
     _modules: dict[str, nn.Module | None]
     _solve_hooks: OrderedDict[int, SolveHook]
     _simulation_hooks: OrderedDict[int, Any]
@@ -72,6 +73,15 @@ class Block(Protocol):
     def buffers(self) -> Iterator[Tensor]: ...
 
 
+class _Kept(NamedTuple):
+    """A plan, or why there is none, and what there was to say of it."""
+
+    plan: Plan | str
+    watch: _Watch
+    said_of_path: str | None
+    said: str | None
+
+
 class CompiledSteps:
     """The compiled training steps of one block, by what they were made for.
 
@@ -79,8 +89,8 @@ class CompiledSteps:
     """
 
     def __init__(self) -> None:
-        self._plans: OrderedDict[tuple[Any, ...], tuple[Plan | str, _Watch]] = OrderedDict()
-        self._latest: tuple[tuple[Any, ...], tuple[Plan | str, _Watch]] | None = None  # is found without hashing
+        self._plans: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
+        self._latest: tuple[tuple[Any, ...], _Kept] | None = None  # is found without hashing
         self.say_once = SayOnce(log)
 
     def __call__(
@@ -104,17 +114,20 @@ class CompiledSteps:
             ),
         )
         latest = self._latest
-        found = latest[1] if latest is not None and latest[0] == key else self._plans.get(key)
-        if found is None or not found[1].is_as_it_was():
+        kept = latest[1] if latest is not None and latest[0] == key else self._plans.get(key)
+        if kept is None or not kept.watch.is_as_it_was():
             if readout is not None and not _suits(readout, block):
                 return None  # the block alone may be compiled
-            found = self._plans[key] = self._make(block, x, readout), _Watch(block, readout)
+            plan = self._make(block, x, readout)
+            said = block.say_once.latest, self.say_once.latest
+            kept = self._plans[key] = _Kept(plan, _Watch(block, readout), *said)
             if len(self._plans) > MOST_PLANS:
                 self._plans.popitem(last=False)
-        self._latest = key, found
-        plan, _ = found
+        self._latest = key, kept
+        plan, self.say_once.latest = kept.plan, kept.said
         if isinstance(plan, str):
             return None
+        block.say_once.latest = kept.said_of_path
         if block.check_input is not False:
             require_finite(x)
         return plan.step(x, generator, tuple(block._solve_hooks.values()))
@@ -123,13 +136,11 @@ class CompiledSteps:
         """The plan, or why there is none."""
         block.check(x)
         block.population_shapes(tuple(x.shape[2 if block.input_has_time else 1 :]))
-        for connection in (block.input, block.feedback):
-            if connection.operator is not None:
-                connection.require_sizes(
-                    connection.operator, raw_weight(connection.op), cast("Tensor | None", connection.op.bias)
-                )
         found = _path_or_reason(block, x)
         if found in EVENT_PATHS:
+            for connection in (block.input, block.feedback):  # whose weights are plain, or constrained by what is known
+                weight, bias = raw_weight(connection.op), cast("Tensor | None", connection.op.bias)
+                connection.require_sizes(cast(Operator, connection.operator), weight, bias)
             self.say_once("compile=True: the training step is compiled")
             return Plan(_parts(block, cast(Path, found), readout), len(x))
         self.say_once(f"compile=True: no effect ({found})", warn=True)
@@ -251,7 +262,7 @@ class _Watch:
         return [own.get(name) for own, name in self._settings] + [len(own[name]) for own, name in self._counted]
 
     def _addresses_now(self) -> list[Any]:
-        return [(tensor.data_ptr(), tensor.stride(), tensor.requires_grad) for tensor in self._tensors]
+        return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.requires_grad) for tensor in self._tensors]
 
 
 def _parts(block: Block, path: Path, readout: nn.Linear | None) -> Parts:

@@ -127,10 +127,10 @@ class Connection(nn.Module):
 
     def _output_shape(self, operator: Operator | None, shape: tuple[int, ...]) -> tuple[int, ...]:
         if operator is not None:
-            constraint = get_constraint(self.op)
+            output, constraint = operator.output_shape(shape), get_constraint(self.op)
             if constraint is not None:
                 constraint.require_input(shape)
-            return _pooled(operator.output_shape(shape), self.pool)
+            return _pooled(output, self.pool)
         if shape not in self._probed:
             self._probed[shape] = self._require_affine(shape)
         return _pooled(self._probed[shape], self.pool)

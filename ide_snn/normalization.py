@@ -65,8 +65,10 @@ def normalise_by_batch(bn: BatchNorm, y: Tensor, weight: Tensor | None, bias: Te
 
 def require_features(bn: BatchNorm, features: int) -> None:
     """Raises ValueError unless all that `bn` has is of so many features."""
-    for kind, tensor in (*bn._parameters.items(), *bn._buffers.items()):  # without torch's search for attributes
-        if tensor is not None and tensor.dim() and tensor.shape != (features,):
+    held = {**bn._parameters, **bn._buffers}  # without torch's search for attributes
+    for kind in ("weight", "bias", "running_mean", "running_var"):
+        tensor = held.get(kind)
+        if tensor is not None and tensor.shape != (features,):
             raise ValueError(
                 f"batch norm's {kind} has the shape {list(tensor.shape)}, its connection has {features} outputs"
             )

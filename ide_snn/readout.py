@@ -43,7 +43,7 @@ def suits(linear: nn.Module, features: int) -> bool:
         and runs_as_torch_wrote_it(linear)
         and len(linear.weight) <= MOST_OUTPUTS
         and linear.weight.shape[1] == features
-        and (linear.bias is None or len(linear.bias) == len(linear.weight))  # torch would spread a single number
+        and (linear.bias is None or linear.bias.shape == linear.weight.shape[:1])  # torch would spread a single number
         and all(map(is_plain, linear.parameters()))
     )
 

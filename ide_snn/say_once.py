@@ -9,14 +9,21 @@ class SayOnce:
     """Logs a message unless it is the one that was logged last.
 
     Attributes:
-        said: that message; None before the first.
+        latest: what there was to say last, logged or not; None before the first.
+
+    A copy or a pickle has said nothing.
     """
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
-        self.said: str | None = None
+        self._said: str | None = None
+        self.latest: str | None = None
 
     def __call__(self, message: str, *, warn: bool = False) -> None:
-        if message != self.said:
-            self.said = message
+        self.latest = message
+        if message != self._said:
+            self._said = message
             self._log.log(logging.WARNING if warn else logging.INFO, message)
+
+    def __reduce__(self) -> tuple[type[SayOnce], tuple[logging.Logger]]:
+        return SayOnce, (self._log,)

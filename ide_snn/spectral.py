@@ -83,6 +83,10 @@ def pull_stage(g: Tensor, matrix: Tensor, u: Tensor, v: Tensor, result: Tensor) 
 
 def _work(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[_Work, tuple[Any, ...]]:
     """The second is what the first points to."""
+    if (*u.shape, *v.shape) != matrix.shape or not (native.is_plain(u) and native.is_plain(v)):
+        raise ValueError(
+            f"the constraint of a matrix {list(matrix.shape)} has vectors {list(u.shape)}, {list(v.shape)}"
+        )
     sums = np.empty(sum(matrix.shape))
     pointers = (matrix.data_ptr(), u.data_ptr(), v.data_ptr(), *(None,) * 4, sums.ctypes.data, None)
     return _Work(*matrix.shape, *pointers), (matrix, u, v, sums)

@@ -64,4 +64,4 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], precisio
 
 
 def is_compiled(net: FeedbackSNN) -> bool:
-    return any(not isinstance(plan, str) for plan, _ in net._compiled._plans.values())
+    return any(not isinstance(plan, str) for plan, *_ in net._compiled._plans.values())

@@ -101,6 +101,8 @@ WRONG = {
     "solver": ("gmres", r"solver must be one of FixedPoint\(...\), .*got 'gmres'"),
     "gradient": ("unrolled", "gradient must be one of"),
     "neuron": (2.0, "neuron must be one of NeuronParams"),
+    "input_has_time": ("no", "input_has_time must be one of False, True, got 'no'"),
+    "check_input": (1, "check_input must be one of None, False, True, got 1"),
     "precision": ("exakt", "precision must be one of float32, exact, fast, got 'exakt'"),
 }
 
@@ -119,6 +121,8 @@ def test_wrong_kinds_of_options(name: str) -> None:
 
 def test_compile_is_set_by_its_own_name() -> None:
     block = small_block("fc")
+    with pytest.raises(ValueError, match="compile must be one of False, True, got 'false'"):
+        block.compile_ = "false"
     with pytest.raises(ValueError, match=r"block.compile_ = True"):
         block.compile = True
 
@@ -143,12 +147,35 @@ def test_a_forgotten_time_axis_is_named(kind: str) -> None:
     assert "input_has_time" not in str(caught.value)
 
 
+def test_own_modules_are_not_asked_for_strange_shapes() -> None:
+    """Flatten has no answer to fewer dimensions, and an input stage that fits is not what lacks time."""
+    for width, layers in ((7, []), (5, [nn.Linear(12, 8)])):
+        stage = nn.Sequential(nn.Flatten(), nn.Linear(5, 8))
+        block = FeedbackSNN(input=stage, layers=layers, feedback=nn.Linear(8, 8), time_steps=2)
+        with pytest.raises(ValueError, match="does not fit the network") as caught:
+            block(torch.zeros(2, width))
+        assert "input_has_time" not in str(caught.value)
+    known = FeedbackSNN(input=nn.Linear(10, 10), layers=[nn.Linear(12, 5)], feedback=nn.Linear(5, 10), time_steps=2)
+    with pytest.raises(ValueError, match=r"expects \[12\] features, got \[10\]$"):
+        known(torch.zeros(2, 10))
+
+
+def test_a_module_set_later_is_a_connection_too() -> None:
+    block = small_block("fc")
+    block.feedback = nn.Linear(8, 8).double()
+    assert isinstance(block.feedback, Connection)
+    assert block(example_input("fc")).shape == (4, 8)
+
+
 def test_a_norm_for_inputs_of_one_size_refuses_others() -> None:
     feedback = Connection(nn.Conv2d(2, 2, 3, padding=1), constraint="spectral_operator", input_size=(4, 4))
     block = FeedbackSNN(input=nn.Conv2d(1, 2, 3, 2, 1), feedback=feedback, time_steps=2)
     assert block(torch.zeros(1, 1, 8, 8)).shape == (1, 2, 4, 4)
     with pytest.raises(ValueError, match=r"made for inputs \[2, 4, 4\] .* \[2, 6, 6\]: give input_size=\(6, 6\)"):
         block(torch.zeros(1, 1, 12, 12))
+    other = Connection(nn.Conv2d(3, 2, 3, padding=1), constraint="spectral_operator", input_size=(4, 4))
+    with pytest.raises(ValueError, match=r"expects \[3, H, W\], got \[2, 4, 4\]"):
+        FeedbackSNN(input=nn.Conv2d(1, 2, 3, 2, 1), feedback=other, time_steps=2)(torch.zeros(1, 1, 8, 8))
 
 
 def test_coarse_parameters() -> None:

@@ -179,7 +179,7 @@ def test_few_plans_are_kept() -> None:
     for samples in range(2, 12):
         step(net, images(samples))
     assert len(net._compiled._plans) == 4
-    plan, _ = next(iter(net._compiled._plans.values()))
+    plan, *_ = next(iter(net._compiled._plans.values()))
     assert len(plan.free) == 1  # buffers come back, and there are no more than were needed at a time
 
 

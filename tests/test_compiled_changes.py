@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -284,3 +285,30 @@ def test_an_input_with_time_is_not_compiled_and_says_so(caplog) -> None:
         step(net, torch.stack([images()] * net.time_steps))
     assert not is_compiled(net)
     assert "no effect (the input has time)" in caplog.text
+
+
+def test_a_parametrization_of_ones_own_is_read_once_per_forward() -> None:
+    """Also where a plan is looked for, for every size of batch: torch's spectral_norm takes a step at every reading."""
+    found = []
+    for on in (False, True):
+        net = block(compile=on, constraint="none")
+        torch.manual_seed(0)
+        torch.nn.utils.parametrizations.spectral_norm(net.feedback.op)
+        for samples in (8, 7, 6, 8):
+            step(net, images(samples))
+        found.append(net.get_buffer("feedback.op.parametrizations.weight.0._u"))
+    assert torch.equal(*found)
+
+
+def test_the_path_is_that_of_the_latest_forward() -> None:
+    net, compiled = block(), "compile=True: the training step is compiled"
+    for precision in ("exact", "fast", "exact", "fast"):
+        net.precision = precision
+        step(net, images())
+        assert net.path.startswith(f"precision={precision}: ")
+        assert net.path.endswith(compiled)
+    x = images()
+    for turned in (False, True, False):
+        step(net, x.t().contiguous().t() if turned else x)
+        assert net.path.endswith("no effect (it is for contiguous float32 on a CPU)" if turned else compiled)
+    assert copy.deepcopy(net).path == "no forward yet"

@@ -72,7 +72,7 @@ def step(net: SNNIDEFCNet, samples: int = 12) -> tuple[Tensor, dict[str, Tensor]
 
 def is_one_step(net: SNNIDEFCNet) -> bool:
     """Whether a classifier is part of a plan, and the block's own plan was never needed."""
-    plans = [plan for plan, _ in net.block._compiled._plans.values()]
+    plans = [plan for plan, *_ in net.block._compiled._plans.values()]
     return [getattr(plan, "parts", None) is not None and plan.parts.readout is not None for plan in plans] == [True]
 
 
@@ -96,6 +96,7 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "other data": (lambda net: setattr(net.classifier.weight, "data", -net.classifier.weight.data), True),
     "no bias": (lambda net: setattr(net.classifier, "bias", None), True),
     "one bias for all": (replace_bias, False),
+    "one number as a bias": (lambda net: setattr(net.classifier, "bias", nn.Parameter(torch.tensor(0.1))), False),
     "frozen block": (lambda net: net.block.requires_grad_(False), False),
     "frozen classifier": (lambda net: net.classifier.requires_grad_(False), True),
     "another": (replace_classifier, False),
@@ -135,7 +136,7 @@ def test_many_classes_are_left_to_torch_and_the_block_is_compiled() -> None:
     for net in (few, many):
         step(net)
     assert is_one_step(few)
-    plans = [plan for plan, _ in many.block._compiled._plans.values()]
+    plans = [plan for plan, *_ in many.block._compiled._plans.values()]
     assert [plan.parts.readout for plan in plans] == [None]
 
 

@@ -32,6 +32,10 @@ WRONG: dict[str, tuple[Callable[[FeedbackSNN], None], str]] = {
     ),
     "a small batch norm": (other_norm(16), r"weight has the shape \[16\], its connection has 37"),
     "a large batch norm": (other_norm(80), r"weight has the shape \[80\], its connection has 37"),
+    "vectors of the constraint": (
+        lambda net: setattr(net.feedback.op.parametrizations.weight[0], "u", torch.ones(2)),
+        r"matrix \[37, 37\] has vectors \[2\], \[37\]|size mismatch|inconsistent tensor size",
+    ),
     "a weight of batch norm": (put("input.bn", "weight", (1,)), r"batch norm's weight has the shape \[1\]"),
 }
 
@@ -45,8 +49,34 @@ def test_other_sizes_are_refused(wrong: str, precision: str, compile: bool) -> N
     net = block(precision=precision, compile=compile, feedback_bias=True)
     step(net, images())
     change(net)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
         step(net, images())
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", ["input.bn.running_mean", "input.op.bias", "input.op.weight"])
+def test_a_tensor_that_was_cut_where_it_lies_is_refused(name: str, compile: bool) -> None:
+    net = block(compile=compile)
+    step(net, images())
+    tensor = dict([*net.named_parameters(), *net.named_buffers()])[name]
+    tensor.data = tensor.data[:5]
+    with pytest.raises(ValueError, match=r"has the shape \[5"):
+        step(net, images())
+
+
+class Remembering(nn.BatchNorm1d):
+    """A batch norm with a buffer of its own."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.register_buffer("history", torch.zeros(3))
+
+
+@pytest.mark.parametrize("precision", ["float32", "exact", "fast"])
+def test_buffers_of_ones_own_may_be_of_any_size(precision: str) -> None:
+    net = block(precision=precision, compile=False)
+    net.input.bn = Remembering(37)
+    assert step(net, images())[0].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,8 @@ def solve(
             return _solve(work, solver, y0, trace)
         at_once: AtOnce | None = getattr(solver, "at_once", None) if y0 is None else None
         found = None
+        if begun is not None and (problem.factors is None or at_once is None):
+            raise ValueError("a run to go on from is of GMRES, from 0, on a problem in factors")
         if problem.factors is not None and at_once is not None:
             if problem.coupled or not problem.native or problem.rhs.dtype != torch.float32:
                 raise ValueError("factors are for problems that do not couple samples, with native=True, in float32")
