@@ -11,6 +11,7 @@ from ide_snn.dense import DenseMap
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
 from ide_snn.solvers import LinearProblem, Outcome, Rough, Solution, solve
+from ide_snn.solvers.base import Workspace
 from ide_snn.solvers.vectors import Factor
 
 TOL = 1e-2
@@ -85,3 +86,16 @@ def test_a_verdict_is_not_on_a_recurrence_that_began_far_away() -> None:
             solution = solve(problem(matrix, rough, b, native=native), Gmres(TOL, max_steps=100))
             assert solution.outcome is Outcome.converged
             assert float(residuals(matrix, b, solution).max()) <= TOL * 1.01
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_the_rounding_of_a_long_start_is_not_trusted(native: bool) -> None:
+    """A run from v_0 knows the residual of v_0 to eps ||v_0||: of a long one the verdict takes a product."""
+    matrix = symmetric(torch.linspace(-0.8, 0.6, 40))
+    b = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    work = Workspace(problem(matrix, None, b, native=native))
+    for length, is_known in ((1.0, True), (1e5, False)):
+        start = length * torch.randn(5, 40, generator=torch.Generator().manual_seed(2))
+        residual = b + start @ matrix.T - start
+        found = Gmres(TOL).begin(work).advance(start, residual, 30)
+        assert (found.residual is not None) is is_known
