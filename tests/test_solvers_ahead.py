@@ -49,6 +49,8 @@ def both(matrix: Tensor, b: Tensor, solver: Gmres, foresight: Foresight) -> tupl
     dimensions=st.integers(1, 9),
 )
 @example(groups=2, n=8, norm=1.5, dtype=torch.float32, tol=1e-1, max_steps=8, restart=8, dimensions=1)
+@example(groups=6, n=8, norm=1.5, dtype=torch.float32, tol=1e-1, max_steps=7, restart=1, dimensions=1)
+@example(groups=2, n=8, norm=1.5, dtype=torch.float32, tol=1e-3, max_steps=8, restart=12, dimensions=8)
 def test_whatever_was_foreseen_the_numbers_are_the_same(
     groups: int, n: int, norm: float, dtype: torch.dtype, tol: float, max_steps: int, restart: int, dimensions: int
 ) -> None:
@@ -59,12 +61,15 @@ def test_whatever_was_foreseen_the_numbers_are_the_same(
     expected, found = both(matrix, b, solver, foresight)
     assert found.outcome == expected.outcome
     assert (found.stats.steps, found.stats.products) == (expected.stats.steps, expected.stats.products)
-    torch.testing.assert_close(found.value, expected.value, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found.stats.residual, expected.stats.residual, rtol=1e-2, atol=1e-4 * tol)
+    # single numbers of a v may be small beside it, and are as exact as the whole
+    apart = (found.value - expected.value).norm(dim=1) / expected.value.norm(dim=1)
+    assert float(apart.max()) < 3e-3
     left = (b + torch.einsum("gij,gj->gi", matrix, found.value) - found.value).norm(dim=1) / b.norm(dim=1)
     length = float((found.value.norm(dim=1) / b.norm(dim=1)).max())
     rounding = 100 * torch.finfo(dtype).eps * length  # up to which a residual is trusted that no product has confirmed
-    torch.testing.assert_close(left.double(), found.stats.residual, rtol=1e-2, atol=1e-6 + rounding)
+    near = {"rtol": 1e-2, "atol": 1e-6 + rounding}
+    torch.testing.assert_close(found.stats.residual, expected.stats.residual, **near)
+    torch.testing.assert_close(left.double(), found.stats.residual, **near)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
