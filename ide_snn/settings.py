@@ -20,9 +20,9 @@ def _require_kind(name: str, kinds: tuple[type, ...], value: object) -> None:
         raise ValueError(f"{name} must be one of {names}, got {value!r}")
 
 
-def _require_bool(name: str, kinds: tuple[object, ...], value: object) -> None:
-    if not any(value is kind for kind in kinds):
-        raise ValueError(f"{name} must be one of {', '.join(map(str, kinds))}, got {value!r}")
+def _require_one_of(name: str, choices: tuple[object, ...], value: object) -> None:
+    if not any(value is choice for choice in choices):  # 1 is not True
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def _refuse_compile(value: object) -> None:
@@ -35,8 +35,8 @@ REQUIRED: dict[str, Callable[[Any], None]] = {  # by name; each raises ValueErro
     "gradient": functools.partial(_require_kind, "gradient", (*GRADIENTS.values(), Bptt)),
     "neuron": functools.partial(_require_kind, "neuron", (NeuronParams,)),
     "time_steps": functools.partial(require_count, "time_steps"),
-    "input_has_time": functools.partial(_require_bool, "input_has_time", (False, True)),
-    "check_input": functools.partial(_require_bool, "check_input", (None, False, True)),
-    "compile_": functools.partial(_require_bool, "compile", (False, True)),
+    "input_has_time": functools.partial(_require_one_of, "input_has_time", (False, True)),
+    "check_input": functools.partial(_require_one_of, "check_input", (None, False, True)),
+    "compile_": functools.partial(_require_one_of, "compile", (False, True)),
     "compile": _refuse_compile,
 }

@@ -85,7 +85,8 @@ def _work(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[_Work, tuple[Any, ...]]
     """The second is what the first points to."""
     if (*u.shape, *v.shape) != matrix.shape or not (native.is_plain(u) and native.is_plain(v)):
         raise ValueError(
-            f"the constraint of a matrix {list(matrix.shape)} has vectors {list(u.shape)}, {list(v.shape)}"
+            f"the constraint of a matrix {list(matrix.shape)} has vectors {list(u.shape)} of {u.dtype} and "
+            f"{list(v.shape)} of {v.dtype}: one number per row and per column, contiguous, in float32, is needed"
         )
     sums = np.empty(sum(matrix.shape))
     pointers = (matrix.data_ptr(), u.data_ptr(), v.data_ptr(), *(None,) * 4, sums.ctypes.data, None)

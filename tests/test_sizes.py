@@ -34,7 +34,7 @@ WRONG: dict[str, tuple[Callable[[FeedbackSNN], None], str]] = {
     "a large batch norm": (other_norm(80), r"weight has the shape \[80\], its connection has 37"),
     "vectors of the constraint": (
         lambda net: setattr(net.feedback.op.parametrizations.weight[0], "u", torch.ones(2)),
-        r"matrix \[37, 37\] has vectors \[2\], \[37\]|size mismatch|inconsistent tensor size",
+        r"matrix \[37, 37\] has vectors \[2\] of torch.float32 and \[37\]|size mismatch|inconsistent tensor size",
     ),
     "a weight of batch norm": (put("input.bn", "weight", (1,)), r"batch norm's weight has the shape \[1\]"),
 }
