@@ -1,10 +1,11 @@
-"""The README's Python runs as it stands, and its network learns."""
+"""The README's Python runs as it stands, its network learns, and the links of all documents lead somewhere."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
 from conftest import PROJECT
 
 
@@ -24,7 +25,28 @@ def test_readme_code_runs_and_the_network_of_twenty_lines_learns(tmp_path: Path,
     assert sum(p.numel() for p in namespace["model"].parameters()) == 229_643
 
 
-def test_files_the_readme_names_exist() -> None:
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    for path in re.findall(r"\((results/[^)]*|docs/[^)]*)\)", text) + re.findall(r"scripts/\w+\.py", text):
+def test_scripts_the_readme_names_exist() -> None:
+    for path in re.findall(r"scripts/\w+\.py", (PROJECT / "README.md").read_text(encoding="utf-8")):
         assert (PROJECT / path).exists(), path
+
+
+DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "results/**/*.md") for path in PROJECT.glob(pattern))
+
+
+def anchors(document: Path) -> set[str]:
+    """Of its headings, as they are made from a heading's text: lower case, no punctuation, hyphens for spaces."""
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+    headings = re.findall(r"^#+ +(.+?)\s*$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", document.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        found = (document.parent / path).resolve() if path else document
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
