@@ -20,7 +20,7 @@ from ide_snn.equilibrium import EquilibriumMap
 from ide_snn.graphed_simulation import GraphedSimulations
 from ide_snn.graphed_solve import GraphedSolves
 from ide_snn.implicit import Gradient, Implicit, SolveHook, attach_gradient
-from ide_snn.layers import Apply, Connection, FixedConnection
+from ide_snn.layers import Apply, FixedConnection, as_connection
 from ide_snn.neurons import NeuronParams, require_finite, step_, time_average
 from ide_snn.operators import Operator
 from ide_snn.paths import PathChoice
@@ -89,9 +89,9 @@ class FeedbackSNN(nn.Module):
                 f"layers must be a list of connections, one for each further population, got {type(layers).__name__}: "
                 "give [module]; what belongs to one connection, such as a convolution and its batch norm, is one module"
             )
-        self.input = _as_connection(input)
-        self.layers = nn.ModuleList(_as_connection(layer) for layer in layers)
-        self.feedback = _as_connection(feedback)
+        self.input = as_connection(input)
+        self.layers = nn.ModuleList(as_connection(layer) for layer in layers)
+        self.feedback = as_connection(feedback)
         self.neuron = neuron
         self.time_steps = time_steps
         self.solver = solver
@@ -110,8 +110,9 @@ class FeedbackSNN(nn.Module):
         require = REQUIRED.get(name)
         if require is not None:
             require(value)
-        is_connection = name in ("input", "feedback") and isinstance(value, nn.Module)
-        super().__setattr__(name, _as_connection(value) if is_connection else value)
+        if name in ("input", "feedback"):
+            value = as_connection(value)
+        super().__setattr__(name, value)
 
     def _require_differentiable(self) -> None:
         if isinstance(self.gradient, Bptt) and self.precision != "float32":
@@ -125,6 +126,8 @@ class FeedbackSNN(nn.Module):
             value = self._compiled(self, x, generator)
             if value is not None:
                 return value
+        else:
+            self._compiled.say_once.latest = None
         at_rates = isinstance(self.gradient, Implicit) and self.gradient.jacobian_at == "rate"
         record = Record(spike_fraction=bool(self._simulation_hooks), mean_response=at_rates and torch.is_grad_enabled())
         if isinstance(self.gradient, Bptt):  # whose backward pass repeats products: in torch's settings, as they do
@@ -216,7 +219,9 @@ class FeedbackSNN(nn.Module):
         """
         try:
             shapes = [self.input.output_shape(input_shape)]
-            for layer in self.layers:
+            for number, layer in enumerate(self.layers):
+                if not hasattr(layer, "output_shape"):
+                    raise ValueError(f"layers[{number}] is a plain {type(layer).__name__}: wrap it in a Connection")
                 shapes.append(layer.output_shape(shapes[-1]))  # type: ignore[operator]
             returned = self.feedback.output_shape(shapes[-1])
         except (ValueError, RuntimeError) as error:
@@ -230,7 +235,7 @@ class FeedbackSNN(nn.Module):
         return shapes
 
     def _lacks_time(self, input_shape: tuple[int, ...]) -> bool:
-        """True where the input stage refuses the shape, but not what it is without its first two dimensions."""
+        """True where the input stage, a known module, takes the shape without its first dimension, then the batch."""
 
         def fits(shape: tuple[int, ...]) -> bool:
             try:
@@ -239,7 +244,7 @@ class FeedbackSNN(nn.Module):
                 return False
 
         is_constant = self.input.is_known and not self.input_has_time  # an own module is not asked for strange shapes
-        return is_constant and not fits(input_shape) and fits(input_shape[1:])
+        return is_constant and fits(input_shape[1:])
 
     def feedback_diagnostics(self) -> dict[str, float]:
         """||W_fb|| in use, |alpha| and the excess of the norm's estimate; empty without a constraint."""
@@ -379,14 +384,15 @@ class _Moment:
         if apply is integers.apply and input_stage.suits(first, len(x)):
             drive = input_stage.respond(first, mean_input)
         else:
-            drive = first.respond(mean_input, "batch", update_running=True, apply=apply)
+            # an own module may compute in another type
+            drive = first.respond(mean_input, "batch", update_running=True, apply=apply).to(dtype)
         value = drive.detach()
         at = None
         if block.input_has_time:
             stage = first.affine(moments)
 
             def at(t: int) -> Tensor:
-                return stage(x[t].detach().to(dtype))
+                return stage(x[t].detach().to(dtype)).to(dtype)
 
         frames = Frames(x, mean_input, first) if block.input_has_time else None
         ahead = None
@@ -409,7 +415,3 @@ class _Moment:
 
     def through_time(self, gradient: Bptt, record: Record) -> tuple[Rates, Tensor]:
         return through_time(gradient, self.map, self.frames, self.shapes, self.block.time_steps, record)
-
-
-def _as_connection(module: nn.Module) -> Connection:
-    return module if isinstance(module, Connection) else Connection(module)

@@ -18,7 +18,7 @@ from ide_snn import integers, native
 from ide_snn.dropout import VariationalDropout
 from ide_snn.implicit import Implicit, SolveHook
 from ide_snn.input_stage import why_not_batch_norm
-from ide_snn.layers import GLOBAL_HOOKS, HOOKS, Connection, FixedConnection
+from ide_snn.layers import Connection, FixedConnection
 from ide_snn.native import is_plain
 from ide_snn.neurons import NeuronParams, require_finite
 from ide_snn.operators import Operator
@@ -29,6 +29,7 @@ from ide_snn.readout import suits
 from ide_snn.say_once import SayOnce
 from ide_snn.simulation import EVENT_PATHS, Path
 from ide_snn.solvers import Gmres, Solver
+from ide_snn.torch_modules import GLOBAL_HOOKS, HOOKS, owns
 
 log = logging.getLogger(__name__)
 
@@ -216,6 +217,8 @@ def _path_or_reason_of_kernels(block: Block, x: Tensor) -> str:
     tensors = (x, *block.parameters(), *(t for t in block.buffers() if t.is_floating_point()))
     if not all(map(is_plain, tensors)):
         return "it is for contiguous float32 on a CPU"
+    if not all(owns(part, *names) for part, names in _used(block)):
+        return "a weight, bias or vector is neither a parameter nor a buffer"  # whose replacement would go unseen
     shape = block.input.output_shape(tuple(x.shape[1:]))
     op, operator = block.feedback.op, block.feedback.operator
     with torch.no_grad():
@@ -225,6 +228,20 @@ def _path_or_reason_of_kernels(block: Block, x: Tensor) -> str:
         return "the products are dense"
     reasons = (native.why_unavailable(name) for name in ("spectral", "features", "sequence", "readout"))
     return next(filter(None, reasons), path)
+
+
+def _used(block: Block) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+    """The tensors that a plan uses, by module."""
+    yield block.input.op, ("weight", "bias")
+    constraint, op = get_constraint(block.feedback.op), block.feedback.op
+    if constraint is None:
+        yield op, ("weight", "bias")
+    else:
+        yield op, ("bias",)
+        yield cast(nn.Module, op.parametrizations)["weight"], ("original",)  # type: ignore[index]
+        yield constraint, ("alpha", "u", "v")
+    if block.input.bn is not None:
+        yield block.input.bn, ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class _Watch:

@@ -24,7 +24,7 @@ from ide_snn.convolutions import SPARSE_BESIDE_BFLOAT16, RoundedMap, is_sparse
 from ide_snn.dense import DenseMap
 from ide_snn.event_driven import EventMap, channels_last
 from ide_snn.firing import fire, fire_
-from ide_snn.layers import Affine, FixedConnection, returns_what_nobody_keeps
+from ide_snn.layers import Affine, FixedConnection
 from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
 from ide_snn.operators import Operator
@@ -33,6 +33,7 @@ from ide_snn.simulation import EVENT_PATHS, Path
 from ide_snn.solvers import LinearProblem, Rough
 from ide_snn.solvers.ahead import Ahead
 from ide_snn.solvers.vectors import Factor
+from ide_snn.torch_modules import returns_what_nobody_keeps
 
 Products = Literal["auto", "analytic", "autograd"]
 BFLOAT16_NOISE = 2e-3  # error of J^T v with factors and results in bfloat16, in units of ||v||

@@ -61,6 +61,8 @@ def _why_not(affine: object) -> str | None:
         return f"the weights are on {affine.weight.device}"
     if affine.weight.dtype != torch.float32:
         return f"the weights are {affine.weight.dtype}"
+    if affine.bias is not None and (affine.bias.dtype, affine.bias.device.type) != (torch.float32, "cpu"):
+        return f"a bias is {affine.bias.dtype} on {affine.bias.device}"
     if affine.pool > 1:
         return "a connection has average pooling"
     if affine.operator.groups > 1:

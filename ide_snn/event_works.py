@@ -49,7 +49,7 @@ class Scratch(ctypes.Structure):
         """
         scratch = cls.sizes(accumulators, events, positions)
         size = torch.get_num_threads() * scratch.size
-        memory = torch.empty(size, dtype=torch.uint8) if own else native.scratch(size)
+        memory = native.scratch(size, own=own)
         scratch.memory = memory.data_ptr()
         return scratch, memory
 

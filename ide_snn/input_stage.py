@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ide_snn import integers, native
-from ide_snn.layers import FixedConnection, returns_what_nobody_keeps
+from ide_snn.layers import FixedConnection
 from ide_snn.native import Stage, is_plain, pointer
+from ide_snn.torch_modules import returns_what_nobody_keeps
 
 OTHER_NORM = "the input stage's batch norm is not as Connection makes it"
 
@@ -128,8 +129,6 @@ def suits(first: FixedConnection, samples: int) -> bool:
         return False
     if bn is not None and not (bn.training and returns_what_nobody_keeps(bn)):
         return False
-    if first.gain is not None and first.gain.shape != (samples, *first.output_shape):
-        return False  # of a dropout of one's own
     if why_not_batch_norm(bn, samples) is not None:
         return False
     of_norm = () if bn is None else _tensors(cast(nn.BatchNorm1d, bn))

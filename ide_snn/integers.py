@@ -110,7 +110,9 @@ def _packing(inputs: int, outputs: int, *, by_outputs: bool = False, apart: bool
     """The kernel that writes a matrix, whose address is still to be set, in whole numbers; `keep`: (they, units)."""
     columns = int(native.library("integers").columns())
     pairs, blocks = -(-inputs // 2), -(-outputs // columns)
-    packed, unit = torch.empty(blocks, pairs, columns, dtype=torch.int32), torch.empty(blocks * columns)
+    # whatever torch's defaults are
+    packed = torch.empty(blocks, pairs, columns, dtype=torch.int32, device="cpu")
+    unit = torch.empty(blocks * columns, dtype=torch.float32, device="cpu")
     work = _Pack(inputs, outputs, blocks, by_outputs, apart, None, None, packed.data_ptr(), unit.data_ptr(), 0)
     return Stage("integers", "pack", work, inputs * outputs, (packed, unit))
 
@@ -148,7 +150,7 @@ def multiply(x: Tensor, matrix: Tensor, *, by_outputs: bool = False) -> Tensor:
 
     At most MOST_INPUTS inputs.
     """
-    x, matrix = x.contiguous(), matrix.contiguous()
+    x, matrix = x.contiguous().resolve_neg(), matrix.contiguous().resolve_neg()
     inputs, outputs = reversed(matrix.shape) if by_outputs else matrix.shape
     assert x.shape[1:] == (inputs,)  # the kernel would read past it
     assert inputs <= MOST_INPUTS  # its sums might overflow

@@ -20,7 +20,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
 from torch.nn.utils import parametrize
 
 from ide_snn.dropout import VariationalDropout
@@ -38,14 +37,9 @@ from ide_snn.normalization import (
 from ide_snn.operators import KNOWN_MODULES, Operator
 from ide_snn.optimizations import constrain, get_constraint, raw_weight, update_constraints
 from ide_snn.precision import without_autocast
+from ide_snn.torch_modules import returns_what_nobody_keeps, runs_as_torch_wrote_it
 
 Apply = Callable[[Operator, Tensor, Tensor, Tensor | None], Tensor]
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# hooks of all modules (`torch.nn.modules.module.register_module_forward_hook` and its like): torch keeps these dicts
-GLOBAL_HOOKS = tuple(
-    getattr(every_module, f"_global_{kind}_hooks") for kind in ("forward_pre", "forward", "backward_pre", "backward")
-)
 
 
 class Connection(nn.Module):
@@ -92,22 +86,28 @@ class Connection(nn.Module):
                 f"{type(op).__name__} contains torch dropout, whose mask would change in every time step; "
                 "use Connection(..., dropout=p)"
             )
+        if any(isinstance(m, (Connection, VariationalDropout)) for m in op.modules()):
+            raise ValueError(
+                f"{type(op).__name__} contains a Connection or its dropout, which would do nothing inside another "
+                "Connection: give the Connection itself, without a module around it"
+            )
         if pool < 1:
             raise ValueError(f"pool must be at least 1, got {pool}")
+        if known:
+            Operator.of(op)  # raises for what it has no geometry of
         self.op = op
-        self._operator = Operator.of(op) if known else None
         self.pool = pool
         self.bn = batch_norm_for(op) if batch_norm else None
         self.dropout = VariationalDropout(dropout)
         if constraint != "none":
             constrain(op, constraint, bound=bound, input_size=input_size, generator=generator)
-        # what an own module was found to do, by input shape: it is affine, with responses of this shape
-        self._probed: dict[tuple[int, ...], tuple[int, ...]] = {}
+        # an own module's parts when it was found to be affine, and the shape of its response, by input shape
+        self._probed: dict[tuple[int, ...], tuple[tuple[nn.Module, ...], tuple[int, ...]]] = {}
 
     @property
     def operator(self) -> Operator | None:
         """Geometry of a known module; None for any other, also one with a forward of its own or hooks."""
-        return self._operator if runs_as_torch_wrote_it(self.op) else None
+        return Operator.of(self.op) if runs_as_torch_wrote_it(self.op) else None
 
     @property
     def is_known(self) -> bool:
@@ -117,7 +117,7 @@ class Connection(nn.Module):
     @property
     def uses_batch_statistics(self) -> bool:
         """True where a training forward of f normalises by statistics of the batch."""
-        if self._operator is not None:  # then there is at most its own
+        if isinstance(self.op, KNOWN_MODULES):  # then there is at most its own
             return self.bn is not None and self.bn.training
         return any(isinstance(m, BatchNorm) and m.training for m in self.modules())
 
@@ -129,11 +129,13 @@ class Connection(nn.Module):
         if operator is not None:
             output, constraint = operator.output_shape(shape), get_constraint(self.op)
             if constraint is not None:
-                constraint.require_input(shape)
+                constraint.require_input(operator, shape)
             return _pooled(output, self.pool)
-        if shape not in self._probed:
-            self._probed[shape] = self._require_affine(shape)
-        return _pooled(self._probed[shape], self.pool)
+        parts, (known_parts, response) = tuple(self.op.modules()), self._probed.get(shape, ((), ()))
+        if len(parts) != len(known_parts) or any(a is not b for a, b in zip(parts, known_parts, strict=True)):
+            response = self._require_affine(shape)
+            self._probed[shape] = parts, response
+        return _pooled(response, self.pool)
 
     def forward(self, x: Tensor) -> Tensor:
         """The connection by itself, gain * pool(BN(K x + b)), as an ordinary module; x [B, C, H, W] or [B, C].
@@ -168,6 +170,8 @@ class Connection(nn.Module):
         layout = torch.channels_last if native and len(output) == 3 else torch.contiguous_format
         template = torch.empty(len(like), *output, dtype=like.dtype, device=like.device, memory_format=layout)
         gain = self.dropout.draw(template, generator, native=native)
+        if gain is not None and (gain.shape, gain.dtype) != (template.shape, template.dtype):
+            gain = template.copy_(gain)  # of a dropout of one's own; kernels read every number
         if operator is None:
             return FixedConnection(self, None, None, None, gain, shape, output)
         weight, bias = cast(Tensor, self.op.weight), cast("Tensor | None", self.op.bias)
@@ -183,16 +187,17 @@ class Connection(nn.Module):
     def _require_affine(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of an own module's response; raises ValueError if the module is not affine."""
         tensors = [t for t in (*self.op.parameters(), *self.op.buffers()) if t.is_floating_point()]
-        like = tensors[0] if tensors else torch.empty(0)
-        generator = torch.Generator().manual_seed(0)
-        x, y = (torch.randn(1, *shape, generator=generator).to(like) for _ in range(2))
+        like = tensors[0] if tensors else torch.empty(0, device="cpu")
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        x, y = (torch.randn(1, *shape, generator=generator, device="cpu").to(like) for _ in range(2))
         with (
             torch.no_grad(),
             frozen_statistics(self.op),
             without_autocast(like.device.type),
         ):
             mixed, separate = self.op(0.75 * x + 0.25 * y), 0.75 * self.op(x) + 0.25 * self.op(y)
-        tolerance = 1e3 * torch.finfo(mixed.dtype).eps * float(separate.abs().max())
+        eps = max(torch.finfo(dtype).eps for dtype in (like.dtype, mixed.dtype))  # x was rounded, too
+        tolerance = 1e3 * eps * float(separate.abs().max())
         if not bool(((mixed - separate).abs() <= tolerance).all()):
             raise ValueError(
                 f"{type(self.op).__name__} is not affine, but simulation, equilibrium and gradient of a feedback SNN "
@@ -361,31 +366,24 @@ class OpaqueAffine:
         return False
 
 
-def returns_what_nobody_keeps(bn: nn.Module) -> bool:
-    """True where what a batch norm returns may be overwritten: torch's own needs it no more, and nobody looks at it."""
-    is_torchs = type(bn) in (nn.BatchNorm1d, nn.BatchNorm2d) and "forward" not in bn.__dict__
-    return is_torchs and not any(bn.__dict__[kind] for kind in HOOKS) and not any(GLOBAL_HOOKS)
+def as_connection(module: object) -> Connection:
+    """A Connection, or what hands its attributes on, itself; any other module wrapped into one.
+
+    Raises:
+        ValueError: for what is no module.
+    """
+    if isinstance(module, Connection):
+        return module
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"a connection must be a module, got {type(module).__name__}")
+    if all(hasattr(module, name) for name in ("prepare", "output_shape", "dropout")):
+        return cast(Connection, module)  # such as what torch.compile puts around one
+    return Connection(module)
 
 
 def cached_weights() -> AbstractContextManager[None]:
     """Scope in which parametrized weights of users' modules are computed once; for use without gradients."""
     return parametrize.cached()
-
-
-def runs_as_torch_wrote_it(op: nn.Module) -> bool:
-    """True where calling `op` does nothing but its linear operator with `op.weight` and `op.bias`."""
-    own = [name for name in ("forward", "_conv_forward") if name in op.__dict__]
-    if own or not any(isinstance(op, kind) and _computes_as(type(op), kind) for kind in KNOWN_MODULES):
-        return False
-    if op._forward_hooks or op._backward_hooks or op._backward_pre_hooks:
-        return False
-    # a constraint has one, which advances it
-    return not op._forward_pre_hooks or (len(op._forward_pre_hooks) == 1 and get_constraint(op) is not None)
-
-
-def _computes_as(kind: type[nn.Module], known: type[nn.Module]) -> bool:
-    """True where a subclass has a known module's forward, and what that calls."""
-    return all(getattr(kind, name, None) is getattr(known, name, None) for name in ("forward", "_conv_forward"))
 
 
 @torch.no_grad()

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from ide_snn.block import FeedbackSNN
 from ide_snn.bptt import Bptt
 from ide_snn.implicit import Gradient, Implicit
-from ide_snn.layers import Connection, runs_as_torch_wrote_it
+from ide_snn.layers import Connection
 from ide_snn.neurons import NeuronParams, time_average
 from ide_snn.operators import KNOWN_MODULES, Operator
 from ide_snn.precision import Precision
 from ide_snn.solvers import Gmres, Solver
 from ide_snn.spiking import apply_to_spikes
+from ide_snn.torch_modules import runs_as_torch_wrote_it
 
 
 @dataclass(frozen=True)

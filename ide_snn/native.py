@@ -207,14 +207,19 @@ def keep_freed_memory() -> None:
     torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8, device="cpu")
 
 
-def scratch(size: int) -> torch.Tensor:
+def scratch(size: int, *, own: bool = False) -> torch.Tensor:
     """At least `size` bytes for one call of a kernel; the next call in this thread may get the same.
 
     What is allocated anew in every step comes from the system in pages that have to be cleared.
+
+    Args:
+        own: memory that nobody else gets, for a kernel that is run again and again.
     """
-    memory: torch.Tensor | None = getattr(_own, "memory", None)
+    memory: torch.Tensor | None = None if own else getattr(_own, "memory", None)
     if memory is None or memory.numel() < size:
-        memory = torch.empty(size, dtype=torch.uint8)
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever torch's default device is
+        if own:
+            return memory
         if size <= MOST_KEPT:
             _own.memory = memory
     return memory
@@ -248,7 +253,8 @@ def _torch_threads() -> Any:
 def is_plain(x: torch.Tensor) -> bool:
     """True where a kernel can be given the address of x: contiguous float32 on a CPU, of torch's own types."""
     is_torchs = type(x) in (torch.Tensor, torch.nn.Parameter)
-    return is_torchs and x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+    is_float32 = x.dtype == torch.float32 and x.device.type == "cpu"
+    return is_torchs and is_float32 and x.is_contiguous() and not x.is_neg()
 
 
 def pointer(x: torch.Tensor | None) -> int | None:

@@ -71,8 +71,8 @@ def step_(current: Tensor, u: Tensor, spikes: Tensor, params: NeuronParams) -> N
 
 def rate_weights(time_steps: int, leak: float, *, dtype: torch.dtype = torch.float64) -> Tensor:
     """Weights w_t = lambda^(T-t) / sum_k lambda^(T-k) of the firing rate a = sum_t w_t s[t]; shape [T]."""
-    exponents = torch.arange(time_steps - 1, -1, -1, dtype=torch.float64)
-    weights = torch.full((time_steps,), leak, dtype=torch.float64) ** exponents
+    exponents = torch.arange(time_steps - 1, -1, -1, dtype=torch.float64, device="cpu")
+    weights = torch.full((time_steps,), leak, dtype=torch.float64, device="cpu") ** exponents
     return (weights / weights.sum()).to(dtype)
 
 

@@ -26,16 +26,14 @@ import logging
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ide_snn import spectral
 from ide_snn.operators import Operator
 from ide_snn.precision import without_autocast
+from ide_snn.singular import leading
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +76,8 @@ class NormConstraint(nn.Module):
         """The norm without estimation error, for reports and tests; not differentiable."""
         return self.norm(weight.detach())
 
-    def require_input(self, shape: tuple[int, ...]) -> None:
-        """Raises ValueError for inputs [C, H, W] that the norm is not of; most do not depend on their size."""
+    def require_input(self, operator: Operator, shape: tuple[int, ...]) -> None:
+        """Raises ValueError where the norm is of another operator (what the module is now) or inputs [C, H, W]."""
 
     def update(self, weight: Tensor, *, native: bool = False) -> None:
         """Improves the estimate by one step; norms in closed form have nothing to improve.
@@ -125,7 +123,8 @@ class PowerIteration(NormConstraint):
         super().__init__(operator, weight, bound)
         self.input_size = input_size
         weight = weight.detach()
-        start = torch.randn(self._shape_of_v(weight), generator=generator, dtype=torch.float64)
+        device = "cpu" if generator is None else generator.device  # whatever torch's default device is
+        start = torch.randn(self._shape_of_v(weight), generator=generator, dtype=torch.float64, device=device)
         self.register_buffer("v", start.to(weight) / start.norm().to(weight))
         self.register_buffer("u", self.times(weight, self.v))
         self.converge(weight)
@@ -155,30 +154,20 @@ class PowerIteration(NormConstraint):
         """Sets u and v to the leading singular vectors.
 
         By Lanczos: power iteration creeps where singular values cluster, as those of convolutions do, and
-        stopped at a relative change of 1e-6 it was seen to be 0.4 % too low. The start is random: from singular
-        vectors of an earlier weight, which can be exact but not the leading ones, Lanczos would not move.
+        stopped at a relative change of 1e-6 it was seen to be 0.4 % too low.
         """
-        start = torch.randn(self.v.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        self.v.copy_(self._leading(weight, start.to(weight.device))[1])
+        self.v.copy_(self._leading(weight)[1])
         with without_autocast(weight.device.type):
             self.u.copy_(_unit(self.times(weight, self.v)))
         self.update(weight)
 
-    def _leading(self, weight: Tensor, start: Tensor) -> tuple[float, Tensor]:
-        """The largest singular value of K and its right singular vector, in float64 from `start`."""
-        weight, v = weight.detach().double(), start.detach().double()
-
-        def gram(x: NDArray[np.float64]) -> NDArray[np.float64]:
-            moved = torch.from_numpy(x.copy()).to(weight.device).view(v.shape)
-            return self.adjoint_times(weight, self.times(weight, moved)).flatten().cpu().numpy()
-
-        with torch.no_grad(), without_autocast(weight.device.type):
-            n = v.numel()
-            if n > 1:  # ARPACK looks for fewer vectors than there are dimensions
-                operator = LinearOperator((n, n), matvec=gram, dtype=np.float64)
-                _, vectors = eigsh(operator, k=1, v0=v.flatten().cpu().numpy(), tol=1e-6)
-                v = torch.from_numpy(vectors[:, 0].copy()).to(v.device).view(v.shape)
-            return float(self.times(weight, v).norm() / v.norm()), v
+    def _leading(self, weight: Tensor) -> tuple[float, Tensor]:
+        """||K||_2 and its right singular vector, in float64, from a start of its own."""
+        weight = weight.detach().double()
+        with without_autocast(weight.device.type):
+            return leading(
+                lambda v: self.times(weight, v), lambda u: self.adjoint_times(weight, u), self.v.shape, weight.device
+            )
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         super().right_inverse(weight)
@@ -194,13 +183,13 @@ class PowerIteration(NormConstraint):
 class SpectralMatrix(PowerIteration):
     """||W||_2 of W reshaped to (output channels, rest), the paper's norm."""
 
-    _step: tuple[int, Tensor] | None = None  # version of the weight at the last compiled update, and its s
+    _step: tuple[tuple[int, int], Tensor] | None = None  # `spectral.state` of the last compiled update, and its s
 
     @torch.no_grad()
     def update(self, weight: Tensor, *, native: bool = False) -> None:
         matrix = self.matrix(weight)
         if native and spectral.fits(matrix, weight):
-            self._step = weight._version, weight.new_tensor(spectral.step_(matrix, self.u, self.v))
+            self._step = spectral.state(weight), weight.new_tensor(spectral.step_(matrix, self.u, self.v))
         else:
             self._step = None
             super().update(weight)
@@ -208,14 +197,20 @@ class SpectralMatrix(PowerIteration):
     def take_step(self, weight: Tensor) -> tuple[Tensor | None, bool]:
         """(<u, M v>, True) once after a compiled update with this weight, else (None, False)."""
         step, self._step = self._step, None
-        if step is None or step[0] != weight._version or not spectral.fits(self.matrix(weight), weight):
+        if step is None or step[0] != spectral.state(weight) or not spectral.fits(self.matrix(weight), weight):
             return None, False
         return step[1], True
 
     def forward(self, weight: Tensor) -> Tensor:
+        self.require_one_alpha()
         with without_autocast(weight.device.type):
             product: Tensor = spectral.OfUnitNorm.apply(weight, self.alpha, self)
         return product
+
+    def require_one_alpha(self) -> None:
+        """Raises ValueError where alpha, which a user may have put there, is not one number."""
+        if self.alpha.numel() != 1:
+            raise ValueError(f"alpha of a spectral constraint is one number, got {list(self.alpha.shape)}")
 
     def add_outer_(self, weight: Tensor, u: Tensor, v: Tensor) -> None:
         """Adds u v^T to the matrix of a contiguous `weight`, in place."""
@@ -266,7 +261,12 @@ class SpectralOperator(PowerIteration):
             raise ValueError("constraint spectral_operator needs input_size=(height, width) of the convolution's input")
         return (1, self.operator.in_channels, *self.input_size)
 
-    def require_input(self, shape: tuple[int, ...]) -> None:
+    def require_input(self, operator: Operator, shape: tuple[int, ...]) -> None:
+        if operator != self.operator:
+            raise ValueError(
+                f"constraint spectral_operator was made for {self.operator} and bounds nothing for {operator}: "
+                "remove_constraint, then constrain the module anew"
+            )
         if self.v.shape[1:] != shape:
             raise ValueError(
                 f"constraint spectral_operator was made for inputs {list(self.v.shape[1:])} and bounds nothing for "
@@ -280,9 +280,7 @@ class SpectralOperator(PowerIteration):
         return self.operator.adjoint(u, weight, tuple(self.v.shape[1:]))
 
     def exact_norm(self, weight: Tensor) -> Tensor:
-        # from a start of its own: from v it would find again what v has found
-        start = torch.randn(self.v.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        exact, _ = self._leading(weight, start.to(weight.device))
+        exact, _ = self._leading(weight)
         return torch.tensor(exact, dtype=torch.float64, device=weight.device)
 
 
@@ -360,11 +358,12 @@ def constrain(
     else:
         constraint = kind(operator, weight, bound)
     parametrize.register_parametrization(module, "weight", constraint)
-    module.register_forward_pre_hook(_update_before_training_forward)
+    module.register_forward_pre_hook(advance_before_training_forward)
     return module
 
 
-def _update_before_training_forward(module: nn.Module, _inputs: object) -> None:
+def advance_before_training_forward(module: nn.Module, _inputs: object) -> None:
+    """The forward pre-hook of constrained modules: called by themselves, they advance their estimate."""
     if module.training:
         update_constraints(module, recurse=False)
 
@@ -402,7 +401,7 @@ def remove_constraint(module: nn.Module) -> nn.Module:
     if get_constraint(module) is None:
         raise ValueError(f"{type(module).__name__} has no constrained weight")
     hooks: dict[int, Callable[..., object]] = module._forward_pre_hooks  # torch has no public way to look one up
-    for key in [k for k, hook in hooks.items() if hook is _update_before_training_forward]:
+    for key in [k for k, hook in hooks.items() if hook is advance_before_training_forward]:
         del hooks[key]
     return parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 

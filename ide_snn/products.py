@@ -32,7 +32,7 @@ def product_stage(factor: Factor, batch: int, inputs: int, *, own_memory: bool =
     threads = torch.get_num_threads()
     together = max(1, min(factor.together, -(-batch // threads)))
     room = lines(factor.scratch + together * factor.scratch_each)
-    memory = torch.empty(threads * room, dtype=torch.uint8) if own_memory else native.scratch(threads * room)
+    memory = native.scratch(threads * room, own=own_memory)
     work = _Product(
         *(native.address(factor.library, factor.kernel), ctypes.addressof(factor.work)),
         *(inputs, factor.size, batch, together, None, None, memory.data_ptr(), room),

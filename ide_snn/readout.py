@@ -15,8 +15,8 @@ import ctypes
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ide_snn.layers import runs_as_torch_wrote_it
 from ide_snn.native import Stage, is_plain, pointer
+from ide_snn.torch_modules import owns, runs_as_torch_wrote_it
 
 MOST_OUTPUTS = 64  # of which the kernels make light; a library's products suit more
 
@@ -41,6 +41,7 @@ def suits(linear: nn.Module, features: int) -> bool:
         isinstance(linear, nn.Linear)
         and not parametrize.is_parametrized(linear)
         and runs_as_torch_wrote_it(linear)
+        and owns(linear, "weight", "bias")
         and len(linear.weight) <= MOST_OUTPUTS
         and linear.weight.shape[1] == features
         and (linear.bias is None or linear.bias.shape == linear.weight.shape[:1])  # torch would spread a single number

@@ -39,6 +39,11 @@ def fits(matrix: Tensor, weight: Tensor) -> bool:
     return is_view and native.is_plain(weight) and native.why_unavailable("spectral") is None
 
 
+def state(weight: Tensor) -> tuple[int, int]:
+    """Changes when the numbers of a weight do, as far as torch knows."""
+    return weight.data_ptr(), weight._version
+
+
 def step_(matrix: Tensor, u: Tensor, v: Tensor) -> float:
     """v = M^T u / ||M^T u||, then u = M v / s with s = ||M v|| = <u, M v>, both in place; returns s."""
     stage = step_stage(matrix, u, v)
@@ -67,6 +72,7 @@ def weighing_stage(matrix: Tensor, norm: MatrixNorm, alpha: Tensor, u: Tensor, v
     Args:
         u, v: take what it makes of them, too.
     """
+    norm.require_one_alpha()
     stage = step_stage(matrix, norm.u, norm.v)
     work = stage.work
     work.kept_u, work.kept_v, work.alpha, work.bound = u.data_ptr(), v.data_ptr(), alpha.data_ptr(), norm.bound
@@ -110,6 +116,10 @@ class MatrixNorm(Protocol):
 
     def add_outer_(self, weight: Tensor, u: Tensor, v: Tensor) -> None:
         """Adds u v^T to the matrix of a contiguous `weight`, in place."""
+        ...
+
+    def require_one_alpha(self) -> None:
+        """Raises ValueError where alpha is not one number."""
         ...
 
     def take_step(self, weight: Tensor) -> tuple[Tensor | None, bool]:

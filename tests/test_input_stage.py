@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compiled_blocks import block, images, step
+from compiled_blocks import assert_close, block, images, step
 from torch import Tensor, nn
 
 from ide_snn import Connection, Gmres, input_stage, integers, native
@@ -105,11 +105,19 @@ class _OfPixels(nn.Module):
         return torch.linspace(0.5, 1.5, like[0].numel())[None]
 
 
-def _own_dropout(net: nn.Module) -> None:
-    net.input.dropout = _OfPixels()
+CHANGES = [_frozen, _hooked, _cumulative, _without_bias, _without_weight, _without_running]
 
 
-CHANGES = [_frozen, _hooked, _cumulative, _without_bias, _without_weight, _without_running, _own_dropout]
+def test_a_dropout_of_ones_own(monkeypatch) -> None:
+    """Its gain is spread over the samples, by the kernels as by torch."""
+    found = []
+    for suits in (input_stage.suits, lambda *_: False):
+        monkeypatch.setattr(input_stage, "suits", suits)
+        net = block(compile=False, precision="fast", solver=Gmres(1e-3))
+        net.input.dropout = _OfPixels()
+        found.append(step(net, images()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-6)
+    assert_close(found[0][1], found[1][1], "fast")
 
 
 @pytest.mark.parametrize("compile", [False, True])

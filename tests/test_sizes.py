@@ -36,6 +36,12 @@ WRONG: dict[str, tuple[Callable[[FeedbackSNN], None], str]] = {
         lambda net: setattr(net.feedback.op.parametrizations.weight[0], "u", torch.ones(2)),
         r"matrix \[37, 37\] has vectors \[2\] of torch.float32 and \[37\]|size mismatch|inconsistent tensor size",
     ),
+    "vectors of another type": (
+        lambda net: setattr(
+            net.feedback.op.parametrizations.weight[0], "u", torch.ones(37, dtype=torch.float64) / 37**0.5
+        ),
+        r"vectors \[37\] of torch.float64|have same dtype|same dtype",
+    ),
     "a weight of batch norm": (put("input.bn", "weight", (1,)), r"batch norm's weight has the shape \[1\]"),
 }
 

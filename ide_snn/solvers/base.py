@@ -217,21 +217,21 @@ def solve(
         group that fails does not end the solve of the others.
 
     Raises:
-        ValueError: for a y0 of another shape, or a nonlinear problem for gmres.
+        ValueError: for a y0 of another shape, a nonlinear problem for gmres, or a `begun` that is not of this problem.
 
     One device synchronisation per evaluation: the residuals, which stopping needs; with `LinearProblem.ahead` one per
     run of GMRES.
     """
     if y0 is not None and y0.shape != problem.start.shape:
         raise ValueError(f"y0 has the shape {list(y0.shape)}, the problem {list(problem.start.shape)}")
+    at_once: AtOnce | None = getattr(solver, "at_once", None) if y0 is None else None
+    if begun is not None and (at_once is None or getattr(problem, "factors", None) is None):
+        raise ValueError("a run to go on from is of GMRES, from 0, on a linear problem in factors")
     with torch.no_grad():
         work = Workspace(problem)
         if isinstance(problem, FixedPointProblem):
             return _solve(work, solver, y0, trace)
-        at_once: AtOnce | None = getattr(solver, "at_once", None) if y0 is None else None
         found = None
-        if begun is not None and (problem.factors is None or at_once is None):
-            raise ValueError("a run to go on from is of GMRES, from 0, on a problem in factors")
         if problem.factors is not None and at_once is not None:
             if problem.coupled or not problem.native or problem.rhs.dtype != torch.float32:
                 raise ValueError("factors are for problems that do not couple samples, with native=True, in float32")

@@ -171,7 +171,7 @@ class PreparedGmres:
             lines(max([factor.scratch + together * factor.scratch_each for factor in factors])),
         )
         size = threads * (room[0] + room[1] + 2 * room[2] + room[3])
-        memory = torch.empty(size, dtype=torch.uint8) if own_memory else native.scratch(size)
+        memory = native.scratch(size, own=own_memory)
         links = (_Factor * len(factors))(
             *[_Factor(native.address(f.library, f.kernel), ctypes.addressof(f.work), f.size) for f in factors]
         )
