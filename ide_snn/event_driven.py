@@ -70,10 +70,11 @@ def _why_not(affine: object) -> str | None:
     return None
 
 
-def why_not_in_levels(maps: Sequence[object]) -> str | None:
-    """None where the weights of all of `maps`, that the kernels can take, can be in whole units, else the reason."""
-    most = max(affine.weight.numel() // affine.operator.out_channels for affine in maps if isinstance(affine, Affine))
-    return None if most <= MOST_INPUTS else f"sums of {most} weights need more than 16 bits"
+def why_not_in_levels(affines: Sequence[Affine]) -> str | None:
+    """None where all weights, which the kernels can take, can be in whole units, else which cannot."""
+    numbers = {affine.weight.numel() // affine.operator.out_channels for affine in affines}
+    wide = " and ".join(str(number) for number in sorted(numbers) if number > MOST_INPUTS)
+    return f"sums of {wide} weights need more than 16 bits and are in float32" if wide else None
 
 
 class EventConnection:
@@ -167,7 +168,7 @@ def connect(affine: object, *, levels: bool = False) -> EventConnection:
     """The map for `advance`.
 
     Args:
-        levels: with the weight in 16-bit multiples of a unit per output channel.
+        levels: with the weight in 16-bit multiples of a unit per output channel, where its sums have room in 16 bits.
 
     Raises:
         ValueError: for one that the kernels cannot take.
@@ -175,7 +176,7 @@ def connect(affine: object, *, levels: bool = False) -> EventConnection:
     reason = why_not([affine])
     if reason is not None or not isinstance(affine, Affine):
         raise ValueError(f"no event-driven simulation: {reason}")
-    return EventConnection(affine, levels=levels)
+    return EventConnection(affine, levels=levels and why_not_in_levels([affine]) is None)
 
 
 @dataclass(frozen=True)

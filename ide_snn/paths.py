@@ -11,7 +11,7 @@ from ide_snn import event_driven, integers
 from ide_snn.bptt import Bptt
 from ide_snn.implicit import Gradient, Implicit
 from ide_snn.kernels import available
-from ide_snn.layers import Connection, FixedConnection
+from ide_snn.layers import Affine, Connection, FixedConnection
 from ide_snn.precision import Precision, rounds_convolutions, why_no_tf32
 from ide_snn.simulation import EVENT_PATHS, Path
 from ide_snn.solvers import Gmres, Solver
@@ -102,5 +102,6 @@ class PathChoice:
             return "dense", reason
         if self.precision == "exact":
             return "events", None
-        reason = event_driven.why_not_in_levels(maps)
-        return ("events16", None) if reason is None else ("events", reason)
+        affines = [affine for affine in maps if isinstance(affine, Affine)]  # all of them
+        some_fit = any(event_driven.why_not_in_levels([affine]) is None for affine in affines)
+        return ("events16" if some_fit else "events"), event_driven.why_not_in_levels(affines)

@@ -37,7 +37,6 @@ from ide_snn import event_driven, input_stage, integers, spectral
 from ide_snn.chain import of_rates
 from ide_snn.dense import DenseMap
 from ide_snn.dropout import VariationalDropout
-from ide_snn.event_driven import EventConnection
 from ide_snn.firing import fire_stage, rate_stage
 from ide_snn.implicit import SolveHook, report
 from ide_snn.input_stage import Behind
@@ -177,7 +176,7 @@ class _Slot:
         neuron, steps, (of_input, of_feedback) = self.parts.neuron, self.parts.time_steps, self.gains
         _, b_in, gamma, beta, *_ = self.values
         self.behind = Behind(self.y, b_in, of_input, self.parts.bn, gamma, beta, *self.y.new_empty(2, self.y.shape[1]))
-        connection = EventConnection(affine, levels=self.parts.path == "events16")
+        connection = event_driven.connect(affine, levels=self.parts.path == "events16")
         self.draws = [
             None if gain is None else dropout.draw_stage(gain)
             for gain, dropout in zip(self.gains, self.parts.dropouts, strict=True)

@@ -19,7 +19,7 @@ from ide_snn import chain as chain_module
 from ide_snn.bptt import Bptt
 from ide_snn.layers import Connection
 from ide_snn.paths import PATHS
-from ide_snn.precision import Precision, products_rounded, round_products
+from ide_snn.precision import Precision, products_rounded, round_products, rounds_convolutions
 
 REASON = native.why_unavailable("events")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")
@@ -234,6 +234,32 @@ def test_too_many_inputs_keep_float32_weights_and_say_so(monkeypatch, caplog) ->
     assert paths == ["events"]
     assert "event-driven float32" in caplog.text
     assert "(sums of" in caplog.text
+
+
+def test_a_connection_of_too_many_inputs_alone_keeps_float32_weights(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(event_driven, "MOST_INPUTS", 36)  # 4 channels of 3 x 3
+    narrow, wide = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)
+    with torch.no_grad():
+        narrow.weight.copy_((narrow.weight * 64).round() / 64)
+    made = []
+    make = event_driven.EventConnection
+    monkeypatch.setattr(event_driven, "EventConnection", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    stage = nn.Conv2d(2, 4, 3, padding=1)
+    options = {"input": stage, "layers": [narrow], "feedback": wide, "neuron": NeuronParams(0.7, 0.9), "time_steps": 6}
+    x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    rates = {}
+    for precision in ("exact", "fast"):
+        block = FeedbackSNN(**options, precision=precision).eval()
+        with caplog.at_level(logging.INFO, "ide_snn.block"), torch.no_grad():
+            rates[precision] = block(x)
+    of_fast = made[-2:]  # feedback, layer
+    assert [connection.unit is None for connection in of_fast] == [True, False]
+    assert block.path == (
+        "precision=fast: event-driven, 16-bit weights, dense convolutions in bfloat16 "
+        "(sums of 54 weights need more than 16 bits and are in float32)"
+    ).replace("bfloat16", "bfloat16" if rounds_convolutions("fast", x.device) else "float32")
+    moved = (rates["fast"] - rates["exact"]).abs()
+    assert float((moved > 1e-6).float().mean()) < 0.05  # spikes here and there
 
 
 @pytest.mark.parametrize("kind", ["fc", "conv", "without batch norm"])
