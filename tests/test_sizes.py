@@ -40,7 +40,7 @@ WRONG: dict[str, tuple[Callable[[FeedbackSNN], None], str]] = {
         lambda net: setattr(
             net.feedback.op.parametrizations.weight[0], "u", torch.ones(37, dtype=torch.float64) / 37**0.5
         ),
-        r"vectors \[37\] of torch.float64|have same dtype|same dtype",
+        r"vectors \[37\] of torch.float64|same dtype|expected scalar type",
     ),
     "a weight of batch norm": (put("input.bn", "weight", (1,)), r"batch norm's weight has the shape \[1\]"),
 }
