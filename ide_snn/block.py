@@ -384,15 +384,14 @@ class _Moment:
         if apply is integers.apply and input_stage.suits(first, len(x)):
             drive = input_stage.respond(first, mean_input)
         else:
-            # an own module may compute in another type
-            drive = first.respond(mean_input, "batch", update_running=True, apply=apply).to(dtype)
+            drive = first.respond(mean_input, "batch", update_running=True, apply=apply)
         value = drive.detach()
         at = None
         if block.input_has_time:
             stage = first.affine(moments)
 
             def at(t: int) -> Tensor:
-                return stage(x[t].detach().to(dtype)).to(dtype)
+                return stage(x[t].detach().to(dtype))
 
         frames = Frames(x, mean_input, first) if block.input_has_time else None
         ahead = None

@@ -256,7 +256,7 @@ class _Watch:
         self._tensors = [what for _, _, what in self._owners if isinstance(what, Tensor)]
         states = [module.__dict__ for module in self._modules]
         self._settings = [(own, name) for own in states for name in SETTINGS if name in own or name == "forward"]
-        self._counted = [(own, name) for own in states for name in (*HOOKS, "_modules", "_parameters")]
+        self._counted = [(own, name) for own in states for name in (*HOOKS, "_modules", "_parameters", "_buffers")]
         self._state, self._addresses = self._now(), self._addresses_now()
 
     def _look_at(self, modules: dict[str, nn.Module | None], names: Iterable[str]) -> None:

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ide_snn.affinity import Probe
 from ide_snn.dropout import VariationalDropout
 from ide_snn.normalization import (
     BatchNorm,
@@ -30,13 +31,11 @@ from ide_snn.normalization import (
     batch_norm_for,
     batch_norm_scope,
     fold,
-    frozen_statistics,
     normalise,
     require_features,
 )
 from ide_snn.operators import KNOWN_MODULES, Operator
 from ide_snn.optimizations import constrain, get_constraint, raw_weight, update_constraints
-from ide_snn.precision import without_autocast
 from ide_snn.torch_modules import returns_what_nobody_keeps, runs_as_torch_wrote_it
 
 Apply = Callable[[Operator, Tensor, Tensor, Tensor | None], Tensor]
@@ -86,10 +85,10 @@ class Connection(nn.Module):
                 f"{type(op).__name__} contains torch dropout, whose mask would change in every time step; "
                 "use Connection(..., dropout=p)"
             )
-        if any(isinstance(m, (Connection, VariationalDropout)) for m in op.modules()):
+        if any(isinstance(m, VariationalDropout) and m.drops for m in op.modules()):
             raise ValueError(
-                f"{type(op).__name__} contains a Connection or its dropout, which would do nothing inside another "
-                "Connection: give the Connection itself, without a module around it"
+                f"{type(op).__name__} contains variational dropout, which does nothing inside a connection, where one "
+                "mask is drawn for all time steps: use Connection(..., dropout=p) outside, and no module around it"
             )
         if pool < 1:
             raise ValueError(f"pool must be at least 1, got {pool}")
@@ -101,8 +100,7 @@ class Connection(nn.Module):
         self.dropout = VariationalDropout(dropout)
         if constraint != "none":
             constrain(op, constraint, bound=bound, input_size=input_size, generator=generator)
-        # an own module's parts when it was found to be affine, and the shape of its response, by input shape
-        self._probed: dict[tuple[int, ...], tuple[tuple[nn.Module, ...], tuple[int, ...]]] = {}
+        self._probed: dict[tuple[int, ...], Probe] = {}  # what own modules were found to be, by input shape
 
     @property
     def operator(self) -> Operator | None:
@@ -131,11 +129,16 @@ class Connection(nn.Module):
             if constraint is not None:
                 constraint.require_input(operator, shape)
             return _pooled(output, self.pool)
-        parts, (known_parts, response) = tuple(self.op.modules()), self._probed.get(shape, ((), ()))
-        if len(parts) != len(known_parts) or any(a is not b for a, b in zip(parts, known_parts, strict=True)):
-            response = self._require_affine(shape)
-            self._probed[shape] = parts, response
-        return _pooled(response, self.pool)
+        probe = self._probed.get(shape)
+        if probe is None or not probe.is_of(self.op):
+            probe = self._probed[shape] = Probe.of(self.op, shape)
+        return _pooled(probe.response, self.pool)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_probed": {}}  # a copy is looked at anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_probed": {}})
 
     def forward(self, x: Tensor) -> Tensor:
         """The connection by itself, gain * pool(BN(K x + b)), as an ordinary module; x [B, C, H, W] or [B, C].
@@ -170,7 +173,7 @@ class Connection(nn.Module):
         layout = torch.channels_last if native and len(output) == 3 else torch.contiguous_format
         template = torch.empty(len(like), *output, dtype=like.dtype, device=like.device, memory_format=layout)
         gain = self.dropout.draw(template, generator, native=native)
-        if gain is not None and (gain.shape, gain.dtype) != (template.shape, template.dtype):
+        if gain is not None and ((gain.shape, gain.dtype) != (template.shape, template.dtype) or gain.is_neg()):
             gain = template.copy_(gain)  # of a dropout of one's own; kernels read every number
         if operator is None:
             return FixedConnection(self, None, None, None, gain, shape, output)
@@ -183,28 +186,6 @@ class Connection(nn.Module):
         operator.require_sizes(weight, bias)
         if self.bn is not None:
             require_features(self.bn, operator.out_channels)
-
-    def _require_affine(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of an own module's response; raises ValueError if the module is not affine."""
-        tensors = [t for t in (*self.op.parameters(), *self.op.buffers()) if t.is_floating_point()]
-        like = tensors[0] if tensors else torch.empty(0, device="cpu")
-        generator = torch.Generator(device="cpu").manual_seed(0)
-        x, y = (torch.randn(1, *shape, generator=generator, device="cpu").to(like) for _ in range(2))
-        with (
-            torch.no_grad(),
-            frozen_statistics(self.op),
-            without_autocast(like.device.type),
-        ):
-            mixed, separate = self.op(0.75 * x + 0.25 * y), 0.75 * self.op(x) + 0.25 * self.op(y)
-        eps = max(torch.finfo(dtype).eps for dtype in (like.dtype, mixed.dtype))  # x was rounded, too
-        tolerance = 1e3 * eps * float(separate.abs().max())
-        if not bool(((mixed - separate).abs() <= tolerance).all()):
-            raise ValueError(
-                f"{type(self.op).__name__} is not affine, but simulation, equilibrium and gradient of a feedback SNN "
-                "require connections that are affine for fixed statistics: remove activations and random layers "
-                "from it (the populations are the nonlinearity), or put them in front of the whole network"
-            )
-        return tuple(mixed.shape[1:])
 
     def feedback_diagnostics(self) -> dict[str, float]:
         """Norm in use, largest |alpha| stored, and the excess of the true norm over its estimate, for logs."""
@@ -251,7 +232,7 @@ class FixedConnection:
         owner = self.connection
         if self.operator is None:
             with batch_norm_scope(owner.op, statistics, update_running=update_running):
-                y = owner.op(x)
+                y = owner.op(x).to(x.dtype)  # it may compute in another type
         else:
             assert self.weight is not None  # known connections have one
             y = apply(self.operator, x, self.weight, self.bias)
@@ -367,7 +348,7 @@ class OpaqueAffine:
 
 
 def as_connection(module: object) -> Connection:
-    """A Connection, or what hands its attributes on, itself; any other module wrapped into one.
+    """A Connection itself; any other module wrapped into one.
 
     Raises:
         ValueError: for what is no module.
@@ -376,8 +357,6 @@ def as_connection(module: object) -> Connection:
         return module
     if not isinstance(module, nn.Module):
         raise ValueError(f"a connection must be a module, got {type(module).__name__}")
-    if all(hasattr(module, name) for name in ("prepare", "output_shape", "dropout")):
-        return cast(Connection, module)  # such as what torch.compile puts around one
     return Connection(module)
 
 

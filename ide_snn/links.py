@@ -221,7 +221,8 @@ class Own(Link):
     def respond(self, t: int, s: Tensor, state: State, tensors: Sequence[Tensor]) -> tuple[Tensor, State]:  # noqa: ARG002
         op, values = self.fixed.connection.op, dict(zip(self._names, tensors, strict=True))
         with batch_norm_scope(op, "running", update_running=False):
-            return self._finish(functional_call(op, {**values, **self._buffers}, (s,))), state
+            response = functional_call(op, {**values, **self._buffers}, (s,)).to(s.dtype)
+        return self._finish(response), state
 
 
 def make_link(fixed: FixedConnection, statistics: Statistics) -> Link:

@@ -32,6 +32,7 @@ LAYERS = [
     "torch_modules",
     "solvers",
     "normalization",
+    "affinity",
     "layers",
     "links",
     "products",

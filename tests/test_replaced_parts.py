@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import os
+import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_blocks import REASON, assert_close, block, images, is_compiled, step
+from compiled_blocks import REASON, block, images, is_compiled, step
 from conftest import PROJECT
 from networks import LIF
 from torch import Tensor, nn
@@ -27,19 +32,21 @@ compiled_or_not = pytest.mark.parametrize("compile", [False, True])
 UNDER_DEFAULTS = """
 import sys, torch
 from compiled_blocks import block, images, step
-net, x = block(400, 784, precision=sys.argv[1], compile=sys.argv[2] == "True"), images(40, 784)
-before = net.state_dict() | {key: value.clone() for key, value in net.state_dict().items()}
-expected, gradients = step(net, x)
-net.load_state_dict(before)
-other = block(400, 784, precision=sys.argv[1], compile=sys.argv[2] == "True")
+precision, compile = sys.argv[1], sys.argv[2] == "True"
+nets, x = [block(400, 784, precision=precision, compile=compile) for _ in range(2)], images(40, 784)
+weights = torch.linspace(-1, 2, 40 * 400).view(40, 400)
+def run(net):
+    rates = net(x, generator=torch.Generator("cpu").manual_seed(0))
+    (rates * weights).sum().backward()
+    return [rates.detach(), *(parameter.grad for parameter in net.parameters())], net.path
 torch.set_default_dtype(torch.bfloat16)
 torch.set_default_device("meta")
-other.zero_grad()
-rates = other(x, generator=torch.Generator("cpu").manual_seed(0))
-(rates * torch.linspace(-1, 2, rates.numel(), dtype=torch.float32, device="cpu").view_as(rates)).sum().backward()
-assert torch.equal(rates, expected)
-for name, parameter in other.named_parameters():
-    assert torch.equal(parameter.grad, gradients[name]), name
+found, path = run(nets[0])  # first: kernels keep memory
+torch.set_default_dtype(torch.float32)
+torch.set_default_device("cpu")
+expected, _ = run(nets[1])
+assert "event-driven" in path and ("is compiled" in path) == compile, path
+assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 print("equal")
 """
 
@@ -49,9 +56,9 @@ print("equal")
 def test_defaults_of_torch_have_no_part_in_it(precision: str, compile: bool) -> None:
     """Kernels whose memory was of torch's default type or device wrote past it; so, in a process of its own."""
     command = [sys.executable, "-c", UNDER_DEFAULTS, precision, str(compile)]
-    path = f"{PROJECT}:{PROJECT / 'tests'}"
-    done = subprocess.run(command, env={"PYTHONPATH": path, "HOME": str(PROJECT)}, capture_output=True, text=True)
-    assert done.stdout == "equal\n", done.stderr[-2000:]
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == "equal\n", f"{done.returncode}: {done.stderr[-2000:]}"
 
 
 class ByChannel(VariationalDropout):
@@ -122,12 +129,12 @@ def test_an_input_stage_that_computes_in_another_type(precision: str, dtype: tor
     assert torch.isfinite(rates[1]).all()
 
 
-class Around(nn.Module):
-    """Hands the attributes of what it is around on, as torch.compile does."""
+class Scaled(nn.Module):
+    """Hands the attributes of what it is around on, and has a forward of its own."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.scale = inner, nn.Parameter(torch.tensor(0.5))
 
     def __getattr__(self, name: str) -> object:
         try:
@@ -135,22 +142,30 @@ class Around(nn.Module):
         except AttributeError:
             return getattr(self._modules["inner"], name)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.inner(x)
+
 
 @every_precision
-def test_what_is_put_around_a_connection_keeps_its_dropout(precision: str) -> None:
-    net, around = (block(precision=precision, compile=False) for _ in range(2))
-    around.feedback = Around(around.feedback)
-    expected, found = step(net, images()), step(around, images())
-    assert torch.equal(found[0], expected[0])
-    assert_close({name.replace("feedback.inner", "feedback"): g for name, g in found[1].items()}, expected[1])
-    assert not torch.equal(step(around, images(), seed=1)[0], expected[0])
+def test_the_forward_of_what_is_put_around_a_connection_is_taken(precision: str) -> None:
+    net, plain = (block(precision=precision, compile=False, dropout=0.0, constraint="none") for _ in range(2))
+    net.feedback = Scaled(net.feedback)
+    with torch.no_grad():
+        plain.feedback.op.weight *= 0.5
+    assert isinstance(net.feedback, Connection)
+    rates, gradients = step(net, images())
+    expected, _ = step(plain, images())
+    assert float((rates - expected).abs().mean()) < (1e-6 if precision != "fast" else 0.02)
+    assert "feedback.op.scale" in gradients
 
 
-def test_a_connection_inside_a_module_is_refused() -> None:
+def test_dropout_inside_a_module_is_refused() -> None:
     inner = Connection(nn.Linear(8, 8), dropout=0.9)
-    for op in (inner, nn.Sequential(inner), nn.Sequential(nn.Linear(8, 8), VariationalDropout(0.5))):
-        with pytest.raises(ValueError, match="contains a Connection or its dropout"):
+    for op in (inner, nn.Sequential(inner), nn.Sequential(nn.Linear(8, 8), VariationalDropout(0.5)), Scaled(inner)):
+        with pytest.raises(ValueError, match="contains variational dropout"):
             Connection(op)
+    two = nn.Sequential(*(Connection(nn.Linear(8, 8), constraint="spectral_matrix") for _ in range(2)))
+    assert FeedbackSNN(input=nn.Linear(5, 8), feedback=two, time_steps=3)(torch.ones(2, 5)).shape == (2, 8)
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
@@ -177,7 +192,7 @@ def test_a_readout_whose_weight_is_no_parameter_is_read_in_every_step() -> None:
     weight = net.classifier.weight.detach()
     net(images())
     del net.classifier.weight
-    for number in (1, 2):
+    for number in (1, 2, 3):
         net.classifier.weight = number * weight
         logits = net(images(), generator=torch.Generator().manual_seed(0))
         rates = net.block(images(), generator=torch.Generator().manual_seed(0))
@@ -221,6 +236,36 @@ def test_an_own_module_that_was_changed_is_looked_at_again() -> None:
     net.feedback.op.append(nn.ReLU())
     with pytest.raises(ValueError, match="Sequential is not affine"):
         net(torch.zeros(1, 5))
+
+
+class Rescaled(nn.Module):
+    """Computes in float32; its one tensor may be of fewer bits."""
+
+    def __init__(self, dtype: torch.dtype, *, rectified: bool) -> None:
+        super().__init__()
+        self.scale, self.rectified = nn.Parameter(torch.full((), 0.5, dtype=dtype)), rectified
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale.float() * (x.float().relu() if self.rectified else x.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_own_modules_are_affine_or_refused_whatever_their_type(dtype: torch.dtype) -> None:
+    assert Connection(Rescaled(dtype, rectified=False)).output_shape((8,)) == (8,)
+    with pytest.raises(ValueError, match="Rescaled is not affine"):
+        Connection(Rescaled(dtype, rectified=True)).output_shape((8,))
+
+
+def test_what_was_found_of_own_modules_is_not_kept_beside_them() -> None:
+    net = FeedbackSNN(input=nn.Linear(5, 8), feedback=nn.Sequential(nn.Linear(8, 8)), time_steps=2)
+    net(torch.zeros(1, 5))
+    former = weakref.ref(net.feedback.op)
+    net.feedback.op = nn.Linear(8, 8)
+    gc.collect()
+    assert former() is None
+    net.feedback.op = nn.Sequential(nn.Linear(8, 8))
+    net(torch.zeros(1, 5))
+    assert copy.deepcopy(pickle.loads(pickle.dumps(net)))(torch.zeros(1, 5)).shape == (1, 8)
 
 
 def test_layers_and_feedback_that_are_no_connections_are_named() -> None:
