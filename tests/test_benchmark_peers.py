@@ -56,7 +56,11 @@ def test_step_by_step_peer_has_our_products(case: str) -> None:
 def test_spikingjelly_runs(case: str) -> None:
     ours = small(case)
     for name in ("spikingjelly", "spikingjelly, feedback"):
-        peers.build_peer(name, ours.model, ours.config).step(*example(ours))
+        network = peers.build_peer(name, ours.model, ours.config)
+        network.step(*example(ours))
+        gradients = [p.grad for p in network.model.parameters() if p.grad is not None]
+        assert gradients
+        assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
 
 @pytest.mark.skipif(peers.why_missing("snntorch") is not None, reason="snntorch is not installed")
@@ -67,6 +71,7 @@ def test_snntorch_runs(case: str) -> None:
     network = peers.build_peer("snntorch", ours.model, ours.config)
     network.step(*example(ours))
     network.step(*example(ours))  # nothing of the first graph is left
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in network.model.parameters())
 
 
 STAND_IN = """
