@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ide_snn import input_stage, integers
+from ide_snn import input_stage, integers, normalised
 from ide_snn.bptt import Bptt, Frames, through_time
 from ide_snn.compiled import CompiledSteps
 from ide_snn.equilibrium import EquilibriumMap
@@ -27,7 +27,7 @@ from ide_snn.paths import PathChoice
 from ide_snn.precision import Precision, products_rounded
 from ide_snn.say_once import SayOnce
 from ide_snn.settings import REQUIRED
-from ide_snn.simulation import FUSED_PATHS, Path, Rates, Record, simulate
+from ide_snn.simulation import EVENT_PATHS, FUSED_PATHS, Path, Rates, Record, simulate
 from ide_snn.solvers import Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
 
 log = logging.getLogger(__name__)
@@ -383,6 +383,8 @@ class _Moment:
             apply = integers.apply
         if apply is integers.apply and input_stage.suits(first, len(x)):
             drive = input_stage.respond(first, mean_input)
+        elif path in EVENT_PATHS and normalised.suits(first, len(mean_input)):
+            drive = normalised.respond(first, first.product(mean_input, apply))
         else:
             drive = first.respond(mean_input, "batch", update_running=True, apply=apply)
         value = drive.detach()

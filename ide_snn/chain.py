@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ide_snn import event_driven
+from ide_snn import convolutions, event_driven
 from ide_snn.dense import DenseMap, turned_product
-from ide_snn.equilibrium import AnalyticLinearisation, EquilibriumMap
+from ide_snn.equilibrium import AnalyticLinearisation, EquilibriumMap, Known
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
 from ide_snn.simulation import EVENT_PATHS
@@ -68,7 +68,7 @@ class _Chain(torch.autograd.Function):
     ) -> Tensor:
         if not any(ctx.needs_input_grad):
             return rates.clone()
-        inputs, slopes, first = f.frozen_rates(rates, () if response is None else (response,))
+        inputs, slopes, first = f.frozen_rates(rates, () if response is None else (Known(response),))
         ctx.f, ctx.solve = f, solve
         # parameters are saved for autograd to see that they are still those of the forward
         ctx.save_for_backward(first, *inputs, *slopes, *parameters)
@@ -92,7 +92,8 @@ class _Chain(torch.autograd.Function):
                 to_weight = of_rates(x, whole=f.takes_integers).adjoint(turned) if wanted[1] else None
                 to_bias = turned.sum(1) if wanted[2] else None
             else:
-                d, rounded = v * slope, f.rounds_convolutions
+                rounded = f.rounds_convolutions and affine.operator.suits_onednn
+                d = convolutions.scaled(v, slope) if rounded else v * slope
                 _, to_weight, to_bias = operator_gradients(
                     affine.operator, x, d, affine.weight, wanted, rounded=rounded
                 )

@@ -9,9 +9,8 @@ always walks. Float32 on a CPU.
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,18 +46,30 @@ def apply(
     bias: Tensor | None,
     *,
     rounded: bool = False,
+    as_computed: bool = False,
     known: Tensor | None = None,
 ) -> Tensor:
     """`operator.apply`, differentiable once, by a walk over x where it is sparse.
 
     Args:
+        x: float32, or bfloat16 if rounded.
         rounded: factors, response and gradients of dense convolutions that suit oneDNN are rounded to bfloat16.
+        as_computed: such a response without bias is left in bfloat16; otherwise it is float32.
         known: the value, which of convolutions is not computed again.
     """
     if operator.kind == "linear":
         return operator.apply(x, weight, bias)
-    y: Tensor = _Convolution.apply(x, weight, bias, operator, rounded, known)
+    y: Tensor = _Convolution.apply(x, weight, bias, operator, rounded, as_computed, known)
     return y
+
+
+@torch.no_grad()
+def linear(affine: Affine, x: Tensor, *, rounded: bool = False) -> Tensor:
+    """K x of `affine`, as `apply` computes it with `as_computed`."""
+    if affine.operator.kind == "linear":
+        return affine.operator.apply(x, affine.weight)
+    rounded = rounded and affine.operator.suits_onednn
+    return _product(affine, x, None, rounded, walks=_walks(x, rounded))
 
 
 class _Convolution(torch.autograd.Function):
@@ -72,29 +83,41 @@ class _Convolution(torch.autograd.Function):
         bias: Tensor | None,
         operator: Operator,
         rounded: bool,
+        as_computed: bool,
         known: Tensor | None,
     ) -> Tensor:
-        rounded = rounded and operator.suits_onednn
-        is_dense = known is None and not is_sparse(x, SPARSE_BESIDE_BFLOAT16 if rounded else SPARSE)
+        rounded, affine = rounded and operator.suits_onednn, Affine(operator, weight, None, 1, None, tuple(x.shape[1:]))
+        walks = known is not None or _walks(x, rounded)
         factors = x, weight
-        if rounded and (is_dense or any(ctx.needs_input_grad)):
-            factors = x.to(torch.bfloat16), weight.to(torch.bfloat16)
+        if rounded and (not walks or any(ctx.needs_input_grad)):
+            factors = x.to(torch.bfloat16), affine.rounded_weight
         ctx.save_for_backward(*factors)
         ctx.operator, ctx.rounded = operator, rounded
         if known is not None:
             return known.clone()  # callers overwrite it
-        if not is_dense:
-            return EventConnection(Affine(operator, weight, bias, 1, None, tuple(x.shape[1:])))(x)
-        if not rounded:
-            return operator.apply(x, weight, bias)
-        y = operator.apply(*factors).to(torch.float32)
-        return y if bias is None else y.add_(bias.view(-1, 1, 1))
+        y = _product(affine, x if walks else factors[0], bias, rounded, walks=walks)
+        return y if as_computed and bias is None else y.to(torch.float32)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        return *operator_gradients(ctx.operator, x, grad, weight, needs, rounded=ctx.rounded), None, None, None
+        gradients = operator_gradients(ctx.operator, x, grad, weight, needs, rounded=ctx.rounded)
+        return *gradients, None, None, None, None
+
+
+def _walks(x: Tensor, rounded: bool) -> bool:
+    return is_sparse(x, SPARSE_BESIDE_BFLOAT16 if rounded else SPARSE)
+
+
+def _product(affine: Affine, x: Tensor, bias: Tensor | None, rounded: bool, *, walks: bool) -> Tensor:
+    """K x + b of a convolution, in bfloat16 where it is dense, rounded and without bias."""
+    if walks:
+        return EventConnection(replace(affine, bias=bias, gain=None))(x.to(torch.float32))
+    if not rounded:
+        return affine.operator.apply(x, affine.weight, bias)
+    y = affine.operator.apply(x.to(torch.bfloat16), affine.rounded_weight)
+    return y if bias is None else y.to(torch.float32).add_(bias.view(-1, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -103,17 +126,13 @@ class RoundedMap:
 
     affine: Affine
 
-    @functools.cached_property
-    def _weight(self) -> Tensor:
-        return self.affine.weight.to(torch.bfloat16, memory_format=torch.channels_last)
-
     def linear(self, x: Tensor) -> Tensor:
         """K x."""
-        return self.affine.operator.apply(x.to(torch.bfloat16), self._weight).to(x.dtype)
+        return self.affine.operator.apply(x.to(torch.bfloat16), self.affine.rounded_weight).to(x.dtype)
 
     def adjoint(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
         """K^T (scale * y) in bfloat16, which may be the y of another."""
-        return self.affine.operator.adjoint(_scaled(y, scale), self._weight, self.affine.input_shape)
+        return self.affine.operator.adjoint(scaled(y, scale), self.affine.rounded_weight, self.affine.input_shape)
 
 
 class _Rounded(ctypes.Structure):
@@ -124,7 +143,7 @@ class _Rounded(ctypes.Structure):
     ]
 
 
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     """scale * x, rounded to bfloat16, of x in float32 or bfloat16; by one pass over memory where both lie alike."""
     if scale is None:
         return x.to(torch.bfloat16)

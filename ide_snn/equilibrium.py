@@ -14,17 +14,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from ide_snn import convolutions, integers
+from ide_snn import convolutions, integers, normalised
 from ide_snn.convolutions import SPARSE_BESIDE_BFLOAT16, RoundedMap, is_sparse
 from ide_snn.dense import DenseMap
 from ide_snn.event_driven import EventMap, channels_last
 from ide_snn.firing import fire, fire_
-from ide_snn.layers import Affine, FixedConnection
+from ide_snn.layers import FixedConnection
 from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
 from ide_snn.operators import Operator
@@ -37,6 +37,14 @@ from ide_snn.torch_modules import returns_what_nobody_keeps
 
 Products = Literal["auto", "analytic", "autograd"]
 BFLOAT16_NOISE = 2e-3  # error of J^T v with factors and results in bfloat16, in units of ||v||
+
+
+class Known(NamedTuple):
+    """A response factor y + shift without its gain, per channel, of y [B, *]; None is 1 and 0."""
+
+    y: Tensor
+    factor: Tensor | None = None
+    shift: Tensor | None = None
 
 
 class LinearMap(Protocol):
@@ -120,7 +128,7 @@ class EquilibriumMap:
 
     def rates_and_slopes(
         self, a: Tensor, response: Tensor | None = None, *, also_frozen: bool = False
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor], list[Known]]:
         """(f(a), the slopes of `linearise_with`, responses for `frozen_rates`) for event-driven paths.
 
         Uses batch statistics and updates the running ones, as a training forward does; f(a) is differentiable once.
@@ -129,48 +137,76 @@ class EquilibriumMap:
         Args:
             a: point [B, *].
             response: K_fb a + b of the feedback with running statistics, where it is known.
-            also_frozen: find these responses; none otherwise.
+            also_frozen: find these responses, and no slopes, which are those of `frozen_rates` then.
         """
         slopes: list[Tensor] = []
-        frozen: list[Tensor] = []
-        for link, drive in zip(self.chain, (self.drive, *(None for _ in self.layers)), strict=True):
-            known = None if slopes else response
-            linear, products = replace(link, gain=None), _Products(self.rounds_convolutions)
-            products.known = known if link.connection.bn is None else None
-            behind = linear.respond(a, "batch", update_running=True, apply=products)
-            if also_frozen and all(before.connection.bn is None for before in self.chain[: len(slopes)]):
-                frozen.append(link.frozen_response(products.value.detach()) if known is None else known)
-            if link.connection.bn is not None and not returns_what_nobody_keeps(link.connection.bn):
-                behind = behind.clone()
-            a, slope = fire(behind, link.gain, drive, self.neuron.v_threshold)
-            slopes.append(slope)
+        frozen: list[Known] = []
+        for number in range(len(self.chain)):
+            shared = also_frozen and all(before.connection.bn is None for before in self.chain[:number])
+            a, slope, known = self._fire(
+                number, a, None if number else response, with_slope=not also_frozen, shared=shared
+            )
+            slopes += [] if slope is None else [slope]
+            frozen += [] if known is None else [known]
         return a, slopes, frozen
 
+    def _fire(
+        self, number: int, a: Tensor, response: Tensor | None, *, with_slope: bool, shared: bool
+    ) -> tuple[Tensor, Tensor | None, Known | None]:
+        """(rate, slope, response with running statistics if `shared`) of one connection of `rates_and_slopes`."""
+        link, threshold, rounded = self.chain[number], self.neuron.v_threshold, self.rounds_convolutions
+        known = None
+        if number and normalised.suits(link, len(a)):
+            y = link.product(a, functools.partial(convolutions.apply, rounded=rounded, as_computed=True))
+            is_rounded = self._takes_bfloat16(number + 1)
+            rate, slope = normalised.rates(link, y, threshold, rounded=is_rounded, with_slope=with_slope)
+            if shared:
+                known = Known(y.detach(), link.folded[0], link.plain.bias)
+            return rate, slope, known
+        linear, products = replace(link, gain=None), _Products(rounded)
+        products.known = response if link.connection.bn is None else None
+        behind = linear.respond(a, "batch", update_running=True, apply=products)
+        if shared:
+            known = Known(link.frozen_response(products.value.detach()) if response is None else response)
+        if link.connection.bn is not None and not returns_what_nobody_keeps(link.connection.bn):
+            behind = behind.clone()
+        rate, slope = fire(behind, link.gain, None if number else self.drive, threshold)
+        return rate, slope if with_slope else None, known
+
+    def _takes_bfloat16(self, number: int) -> bool:
+        """True where the input of a connection of this number may be rounded."""
+        operator = self.chain[number].operator if number < len(self.chain) else None
+        return operator is not None and operator.suits_onednn and self.rounds_convolutions
+
     @torch.no_grad()
-    def frozen_rates(self, a: Tensor, known: Sequence[Tensor] = ()) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def frozen_rates(self, a: Tensor, known: Sequence[Known] = ()) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """(what each connection is given in f(a), the slopes of `linearise_with`, sigma'(z_1) / V_th).
 
         For event-driven paths, with running statistics, without a graph.
 
         Args:
             a: point [B, *].
-            known: responses K_i a_{i-1} + b_i of the first connections, where they are known; overwritten.
+            known: responses of the first connections, where they are known; that of the feedback, whose factor and
+                shift are None, is overwritten.
         """
-        inputs, slopes = [], []
-        through: Tensor | None = None  # of the first population
-        for number, link in enumerate(self.chain):
-            affine, drive = link.frozen, None if number else self.drive
-            assert isinstance(affine, Affine)  # event-driven paths have no others
-            if number < len(known):
-                response = known[number]
-            else:
-                rounded = self.rounds_convolutions
-                response = convolutions.apply(affine.operator, a, affine.weight, affine.bias, rounded=rounded)
-            inputs.append(a)
-            a, slope, behind = fire_(channels_last(response), affine.gain, drive, self.neuron.v_threshold)
-            slopes.append(slope)
-            through = behind if through is None else through
+        threshold, rounded = self.neuron.v_threshold, self.rounds_convolutions
+        affine, product = self.feedback.plain, functools.partial(convolutions.apply, rounded=rounded)
+        y = known[0].y if known else product(affine.operator, a, affine.weight, affine.bias)
+        inputs = [a]
+        a, slope, through = fire_(channels_last(y), self.feedback.gain, self.drive, threshold)
+        slopes = [slope]
         assert through is not None  # there is a drive
+        for number, link in enumerate(self.layers, 1):
+            affine = link.plain
+            if number < len(known):
+                y, factor, shift = known[number]
+            else:
+                y, factor, shift = convolutions.linear(affine, a, rounded=rounded), None, affine.bias
+            inputs.append(a)
+            behind = normalised.response(y, factor, shift, link.gain, threshold)
+            a, slopes_of_a = behind.fire(rounded=self._takes_bfloat16(number + 1))
+            assert slopes_of_a is not None  # asked for
+            slopes.append(slopes_of_a)
         return inputs, slopes, through
 
     def linearise(
@@ -197,7 +233,7 @@ class EquilibriumMap:
             )
         if analytic and products != "autograd":
             if self.path in EVENT_PATHS:
-                return self.linearise_with(self.frozen_rates(a, () if response is None else (response,))[1])
+                return self.linearise_with(self.frozen_rates(a, () if response is None else (Known(response),))[1])
             return self.linearise_by(self._frozen_activations(a))
         with torch.enable_grad():
             point = a.detach().requires_grad_()
@@ -218,12 +254,10 @@ class EquilibriumMap:
         """J with running statistics and these slopes of the connections, gain_i sigma'(z_i) / V_th."""
         maps: list[LinearMap] = []
         for link in self.chain:
-            affine = link.frozen
-            assert isinstance(affine, Affine)  # callers have seen that all connections are known
-            plain = replace(affine, gain=None)
+            plain = link.plain  # callers have seen that all connections are known
             if self.path in EVENT_PATHS:
                 # that of fully connected populations skips zeros where they are most of a vector
-                maps.append(DenseMap(plain) if affine.operator.kind == "linear" else EventMap(plain))
+                maps.append(DenseMap(plain) if plain.operator.kind == "linear" else EventMap(plain))
             else:
                 maps.append(plain)
         return AnalyticLinearisation(tuple(maps), tuple(slopes))

@@ -47,10 +47,13 @@ LEVELS = 32767  # largest sum of them
 MOST_INPUTS = 4096  # of an output: rounding then moves a weight by some 1.6 % of their root mean square
 
 
+KERNELS = ("events", "krylov", "elementwise", "normalised", "dense", "product")
+
+
 def why_not(maps: Sequence[object]) -> str | None:
     """None where the event-driven kernels can take all of `maps`, else the reason."""
     reasons = (_why_not(affine) for affine in maps)
-    unavailable = (native.why_unavailable(name) for name in ("events", "krylov", "elementwise", "dense", "product"))
+    unavailable = (native.why_unavailable(name) for name in KERNELS)
     return next((reason for reason in (*reasons, *unavailable) if reason), None)
 
 

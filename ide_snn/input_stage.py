@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from ide_snn import integers, native
 from ide_snn.layers import FixedConnection
 from ide_snn.native import Stage, is_plain, pointer
+from ide_snn.normalization import BatchNorm
 from ide_snn.torch_modules import returns_what_nobody_keeps
 
 OTHER_NORM = "the input stage's batch norm is not as Connection makes it"
@@ -106,11 +107,11 @@ def set_results(
     work.to_bias, work.to_feedback_bias = pointer(to_bias), pointer(to_feedback_bias)
 
 
-def why_not_batch_norm(bn: nn.Module | None, samples: int) -> str | None:
-    """None where the kernels can take a batch norm for so many samples, else the reason."""
+def why_not_batch_norm(bn: nn.Module | None, samples: int, kind: type[BatchNorm] = nn.BatchNorm1d) -> str | None:
+    """None where kernels can take a batch norm of this kind for so many values per channel, else the reason."""
     if bn is None:
         return None
-    if type(bn) is not nn.BatchNorm1d or not (bn.affine and bn.track_running_stats) or bn.momentum is None:
+    if type(bn) is not kind or not (bn.affine and bn.track_running_stats) or bn.momentum is None:
         return OTHER_NORM
     batches = bn.num_batches_tracked
     if not all(t is not None and t.shape == (bn.num_features,) for t in _tensors(bn)):
@@ -131,11 +132,11 @@ def suits(first: FixedConnection, samples: int) -> bool:
         return False
     if why_not_batch_norm(bn, samples) is not None:
         return False
-    of_norm = () if bn is None else _tensors(cast(nn.BatchNorm1d, bn))
+    of_norm = () if bn is None else _tensors(bn)
     return all(t is None or is_plain(t) for t in (first.weight, first.bias, first.gain, *of_norm))
 
 
-def _tensors(bn: nn.BatchNorm1d) -> tuple[Tensor | None, ...]:
+def _tensors(bn: BatchNorm) -> tuple[Tensor | None, ...]:
     return bn.weight, bn.bias, bn.running_mean, bn.running_var
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -245,10 +245,22 @@ class FixedConnection:
         in_place = owner.bn is not None and returns_what_nobody_keeps(owner.bn)
         return y.mul_(self.gain) if in_place and y.dtype == self.gain.dtype else y * self.gain
 
+    def product(self, x: Tensor, apply: Apply = Operator.apply) -> Tensor:
+        """K x of a known connection, without its bias; arguments as of `respond`."""
+        assert self.operator is not None  # of a known connection
+        assert self.weight is not None
+        return apply(self.operator, x, self.weight, None)
+
     @cached_property
     def frozen(self) -> Affine | OpaqueAffine:
         """The detached affine map with the running statistics at its first use in this forward."""
         return self.affine()
+
+    @cached_property
+    def plain(self) -> Affine:
+        """`frozen` of a known connection without its gain."""
+        assert isinstance(self.frozen, Affine)  # of a known connection
+        return replace(self.frozen, gain=None)
 
     @cached_property
     @torch.no_grad()
@@ -327,10 +339,20 @@ class Affine:
             y = _unpool(y, self.pool, self.operator.output_shape(self.input_shape))
         return self.operator.adjoint(y, self.weight, self.input_shape)
 
+    @cached_property
+    def rounded_weight(self) -> Tensor:
+        """The weight [O, I, kh, kw] in bfloat16, channels-last."""
+        return rounded_weight(self.weight)
+
     @property
     def is_silent_at_zero(self) -> bool:
         """True where no input spikes means no output, so that the product can be skipped."""
         return self.bias is None
+
+
+def rounded_weight(weight: Tensor) -> Tensor:
+    """The weight of a convolution as its products in bfloat16 have it, in which they need no copy."""
+    return weight.to(torch.bfloat16, memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)

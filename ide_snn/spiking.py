@@ -239,8 +239,8 @@ def operator_gradients(
 
     Args:
         x: [B, C, H, W] ([B, C] for linear); y has the shape of the operator's response.
-        rounded: of convolutions that suit oneDNN the factors, and the gradients of x and W, are rounded to bfloat16
-            (`precision.rounds_convolutions`); sums are float32.
+        rounded: of convolutions that suit oneDNN the factors, which may be bfloat16, and the gradients of x and W are
+            rounded to it (`precision.rounds_convolutions`); sums are float32.
     """
     if operator.kind == "linear":
         return (
@@ -254,8 +254,10 @@ def operator_gradients(
         half = (tensor.to(torch.bfloat16) for tensor in (y, x, weight))
         wanted = (needs[0], needs[1], False)
         both = torch.ops.aten.convolution_backward(*half, None, *geometry, operator.groups, wanted)
-        to_x, to_weight = (None if found is None else found.to(y.dtype) for found in both[:2])
-        return to_x, to_weight, y.sum((0, 2, 3)) if needs[2] else None
+        to_x = both[0].to(x.dtype) if needs[0] else None
+        # as parameters lie: autograd would copy another
+        to_weight = both[1].to(torch.float32, memory_format=torch.contiguous_format) if needs[1] else None
+        return to_x, to_weight, y.sum((0, 2, 3), dtype=torch.float32) if needs[2] else None
     sizes = [operator.out_channels] if needs[2] else None
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
         y, x, weight, sizes, *geometry, operator.groups, needs

@@ -43,6 +43,7 @@ LAYERS = [
     "event_driven",
     "convolutions",
     "firing",
+    "normalised",
     "simulation",
     "graphed_simulation",
     "equilibrium",

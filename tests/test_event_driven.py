@@ -13,6 +13,7 @@ from networks import KINDS, example_input, small_block, warmed_up
 from torch import Tensor, nn
 
 from ide_snn import FeedbackSNN, Gmres, NeuronParams, convolutions, event_driven, native
+from ide_snn.equilibrium import Known
 from ide_snn.event_driven import EventConnection
 from ide_snn.firing import fire_
 from ide_snn.layers import Affine
@@ -318,7 +319,7 @@ def test_the_simulation_has_what_the_slopes_at_its_rates_need(kind: str, time_st
     moment = block._prepare(example_input(kind).float(), torch.Generator().manual_seed(0))
     rates = moment.simulate(Record(mean_response=True))
     assert rates.mean_response is not None
-    applied, known = (moment.map.frozen_rates(rates.last, known) for known in ((), (rates.mean_response,)))
+    applied, known = (moment.map.frozen_rates(rates.last, known) for known in ((), (Known(rates.mean_response),)))
     for mine, theirs in zip((*known[0], *known[1], known[2]), (*applied[0], *applied[1], applied[2]), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 

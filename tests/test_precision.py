@@ -380,12 +380,13 @@ def test_training_with_batch_norm_has_the_gradients_of_float32(norms: tuple[bool
 def test_products_in_common_are_computed_once(monkeypatch) -> None:
     """Of three populations with batch norm behind the first: 2 + 1 instead of 3 + 3."""
     walks = []
-    compute = convolutions.apply
+    compute, linear = convolutions.apply, convolutions.linear
     monkeypatch.setattr(
         convolutions,
         "apply",
         lambda *a, known=None, **k: (walks.append(known is None), compute(*a, known=known, **k))[1],
     )
+    monkeypatch.setattr(convolutions, "linear", lambda *a, **k: (walks.append(True), linear(*a, **k))[1])
     block = small_block("multilayer", precision="exact", time_steps=3).float().train()
     populations = 1 + len(block.layers)
     assert block.feedback.bn is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 
@@ -55,6 +56,16 @@ def test_gradients_are_rounded_to_eight_bits(kind: str, needs: tuple[bool, bool,
             assert error < 1e-6
         else:
             assert 1e-4 < error < 2.0**-8
+    if kind == "linear":
+        return
+    half = operator_gradients(operator, x.bfloat16(), y.bfloat16(), weight.bfloat16(), needs, rounded=True)
+    for of_half, of_floats, dtype in zip(half[:2], found[:2], (torch.bfloat16, torch.float32), strict=True):
+        assert (of_half is None) == (of_floats is None)
+        if of_half is not None:
+            assert of_half.dtype == dtype
+            assert float((of_half - of_floats).norm() / of_floats.norm()) < 2.0**-8
+    if needs[2]:
+        torch.testing.assert_close(half[2], y.bfloat16().double().sum((0, 2, 3)).float())
 
 
 @pytest.mark.parametrize("kind", ["conv", "conv_transposed"])
@@ -138,6 +149,32 @@ def test_what_onednn_does_not_compute_is_float32(monkeypatch) -> None:
         )
     monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
     assert not rounds_convolutions("fast", torch.device("cpu"))
+
+
+def test_between_convolutions_of_which_one_is_float32(monkeypatch) -> None:
+    """Rates in front of the one that oneDNN does not compute are not rounded."""
+    torch.manual_seed(0)
+    wide = nn.ConvTranspose2d(8, 4, 3, stride=1, padding=2, dilation=2, output_padding=1)
+    assert not Operator.of(wide).suits_onednn
+    monkeypatch.setattr(convolutions, "SPARSE_BESIDE_BFLOAT16", 0.0)  # dense, whatever the rates are
+    block = FeedbackSNN(
+        input=Connection(nn.Conv2d(2, 6, 3, padding=1), batch_norm=True),
+        layers=[
+            Connection(nn.Conv2d(6, 8, 3, padding=1), batch_norm=True),
+            Connection(wide, batch_norm=True),
+            Connection(nn.Conv2d(4, 6, 4, padding=1), batch_norm=True),
+        ],
+        feedback=Connection(nn.Conv2d(6, 6, 3, padding=1), constraint="spectral_matrix", bound=0.5),
+        precision="fast",
+        time_steps=4,
+    )
+    states = copy.deepcopy(block.state_dict())
+    _, rounded = gradients(block.train(), images())
+    monkeypatch.setattr(equilibrium, "rounds_convolutions", lambda *_: False)
+    block.load_state_dict(states)
+    _, plain = gradients(block.train(), images())
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(rounded, plain, strict=True) if float(b.norm()) > 1e-2]
+    assert 1e-4 < max(errors) < 0.2
 
 
 @pytest.mark.parametrize("gradient", [Unrolled(2), Implicit(jacobian_bn="batch")], ids=str)
@@ -273,7 +310,7 @@ def test_scaled_vectors_are_those_of_torch_bit_for_bit(dtype: torch.dtype, layou
     scale = torch.rand(x.shape, generator=generator) * (torch.rand(x.shape, generator=generator) < 0.5)
     x, scale = x.contiguous(memory_format=layout), scale.contiguous(memory_format=torch.channels_last)
     scale[0, 0, 0, :3] = torch.tensor([1.0, 0.5, 0.0])
-    found = convolutions._scaled(x, scale)
+    found = convolutions.scaled(x, scale)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, (x.float() * scale).to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
 

@@ -68,13 +68,7 @@ void rounded(Rounded *w) {
             const float *x = (const float *)w->x + i;
             for (int64_t j = 0; j < n; j++) room[j] = x[j] * scale[j];
         }
-        uint16_t *to = w->to + i;
-        for (int64_t j = 0; j < n; j++) {
-            uint32_t bits;
-            memcpy(&bits, room + j, sizeof bits);
-            uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-            to[j] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest); /* NaN stays NaN */
-        }
+        round_to_bfloat16(room, n, w->to + i);
     }
 }
 

@@ -90,3 +90,13 @@ static inline int64_t compress_bytes(const uint8_t *x, int64_t size, int32_t *pl
         if (x[i]) place[n++] = (int32_t)i;
     return n;
 }
+
+/* To bfloat16: to nearest, ties to even. */
+static inline void round_to_bfloat16(const float *restrict x, int64_t n, uint16_t *restrict to) {
+    for (int64_t j = 0; j < n; j++) {
+        uint32_t bits;
+        memcpy(&bits, x + j, sizeof bits);
+        uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        to[j] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest); /* NaN stays NaN */
+    }
+}
