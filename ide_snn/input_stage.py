@@ -130,6 +130,8 @@ def suits(first: FixedConnection, samples: int) -> bool:
         return False
     if bn is not None and not (bn.training and returns_what_nobody_keeps(bn)):
         return False
+    if first.gain is not None and first.gain.requires_grad:
+        return False
     if why_not_batch_norm(bn, samples) is not None:
         return False
     of_norm = () if bn is None else _tensors(bn)

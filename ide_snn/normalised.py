@@ -101,6 +101,7 @@ def response(
     y: Tensor, factor: Tensor | None, shift: Tensor | None, gain: Tensor | None, threshold: float | None
 ) -> Response:
     """A `Response`, with what does not lie as the kernels read it copied."""
+    assert gain is None or (gain.shape, gain.dtype) == (y.shape, torch.float32)  # the kernels would read past it
     factor, shift = (None if t is None else t.contiguous() for t in (factor, shift))
     return Response(channels_last(y), factor, shift, None if gain is None else channels_last(gain), threshold)
 
@@ -108,7 +109,11 @@ def response(
 def suits(link: FixedConnection, samples: int) -> bool:
     """True where `respond` and `rates` can take the batch norm of a connection of an event-driven path."""
     bn = link.connection.bn
-    if bn is None or len(link.output_shape) != 3 or not (bn.training and returns_what_nobody_keeps(bn)):
+    if link.operator is None or link.connection.pool > 1 or len(link.output_shape) != 3:
+        return False
+    if bn is None or not (bn.training and returns_what_nobody_keeps(bn)):
+        return False
+    if link.gain is not None and link.gain.requires_grad:
         return False
     if why_not_batch_norm(bn, samples * math.prod(link.output_shape[1:]), nn.BatchNorm2d) is not None:
         return False
@@ -180,8 +185,9 @@ class _Fire(torch.autograd.Function):
         if cotangent is None:
             return (None,) * 9
         y, factor, shift, gain, mean, scale, _ = ctx.saved_tensors
-        to_y, to_gamma, to_beta = _cotangents(Response(y, factor, shift, gain, ctx.threshold), mean, scale, cotangent)
-        to_bias = torch.zeros_like(factor) if ctx.has_bias else None
+        behind = response(y, factor, shift, gain, ctx.threshold)  # hooks on saved tensors may give them another layout
+        to_y, to_gamma, to_beta = _cotangents(behind, mean, scale, cotangent, needs_y=ctx.needs_input_grad[0])
+        to_bias = 0 * to_beta if ctx.has_bias else None  # NaN stays NaN
         return to_y, to_gamma, to_beta, to_bias, None, None, None, None, None
 
 
@@ -199,18 +205,21 @@ def _joined(y: Tensor, centre: Tensor | None) -> Tensor:
     return _mean(sums, y)
 
 
-def _cotangents(of: Response, mean: Tensor, scale: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(dL/dy in the type of y, dL/dgamma, dL/dbeta) for the cotangent of the rate."""
+def _cotangents(
+    of: Response, mean: Tensor, scale: Tensor, cotangent: Tensor, *, needs_y: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(dL/dy in the type of y if it `needs_y`, dL/dgamma, dL/dbeta) for the cotangent of the rate."""
     y, cotangent, sums = of.y, channels_last(cotangent), _room(of.y)
-    to_y = torch.empty_like(y)
     work = _Cotangents(*_rows(y), _numbers(y), of.as_struct(), *map(pointer, (mean, scale)), _numbers(cotangent))
     work.sums = sums.data_ptr()
     _run("sums", work, y)
     means = _mean(sums, y)
-    share, slant = means.float()
+    to_beta, to_gamma = (means * (y.numel() // y.shape[1])).float()
+    if not needs_y:
+        return None, to_gamma, to_beta
+    (share, slant), to_y = means.float(), torch.empty_like(y)
     work.next, work.share, work.slant, work.to_y = 0, share.data_ptr(), slant.data_ptr(), _numbers(to_y)
     _run("cotangents", work, y)
-    to_beta, to_gamma = (means * (y.numel() // y.shape[1])).float()
     return to_y, to_gamma, to_beta
 
 

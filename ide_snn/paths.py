@@ -68,13 +68,19 @@ class PathChoice:
     def _walks_for_gradients(self, links: Sequence[FixedConnection]) -> bool:
         """False where f's own graph is differentiated, in float32."""
         gradient = self.gradient
-        return isinstance(gradient, Implicit) and (
-            gradient.jacobian_bn == "running" or not any(link.connection.uses_batch_statistics for link in links)
-        )
+        if not isinstance(gradient, Implicit):
+            return False
+        return gradient.jacobian_at == "f" or not self._couples_samples(links)
+
+    def _couples_samples(self, links: Sequence[FixedConnection]) -> bool:
+        """True where J mixes the samples of the batch."""
+        by_batch = isinstance(self.gradient, Implicit) and self.gradient.jacobian_bn == "batch"
+        return by_batch and any(link.connection.uses_batch_statistics for link in links)
 
     def _of_linear(self, links: Sequence[FixedConnection]) -> Iterator[str]:
         """What may be in whole numbers behind the input stage."""
-        if self._walks_for_gradients(links) and all(link.operator and link.operator.kind == "linear" for link in links):
+        are_linear = all(link.operator and link.operator.kind == "linear" for link in links)
+        if are_linear and self._walks_for_gradients(links) and not self._couples_samples(links):
             outputs = [link.operator.out_channels for link in links if link.operator]
             fit = max(outputs) <= integers.MOST_INPUTS
             if fit and isinstance(self.solver, Gmres) and self.solver.tolerates(sum(map(integers.noise, outputs))):
@@ -95,6 +101,8 @@ class PathChoice:
             dtypes = {p.dtype for p in self.input.parameters() if p.is_floating_point()} - {torch.float32}
             reason = next((f"the weights are {dtype}" for dtype in dtypes), None) or why_no_tf32(device)
             return ("fused" if reason else "fused_half"), reason
+        if any(link.gain is not None and link.gain.requires_grad for link in links):
+            return "dense", "the gain of a dropout has a gradient"
         maps = [link.frozen for link in links]
         of_input = (p.dtype for p in self.input.parameters() if p.is_floating_point() and p.dtype != torch.float32)
         reason = next((f"the input stage is {dtype}" for dtype in of_input), None) or event_driven.why_not(maps)

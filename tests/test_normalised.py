@@ -190,12 +190,12 @@ def test_one_value_per_channel_and_several_processes_are_left_to_torch() -> None
         assert not suits(connection.prepare((2, 5, 5), torch.zeros(4), native=True), 4)
 
 
-def network(seed: int = 0) -> FeedbackSNN:
-    torch.manual_seed(seed)
+def network(*, dropout: float = 0.2) -> FeedbackSNN:
+    torch.manual_seed(0)
     return FeedbackSNN(
-        input=Connection(nn.Conv2d(3, 6, 3, padding=1), batch_norm=True, dropout=0.2),
+        input=Connection(nn.Conv2d(3, 6, 3, padding=1), batch_norm=True, dropout=dropout),
         layers=[
-            Connection(nn.Conv2d(6, 8, 3, stride=2, padding=1), batch_norm=True, dropout=0.2),
+            Connection(nn.Conv2d(6, 8, 3, stride=2, padding=1), batch_norm=True, dropout=dropout),
             Connection(nn.Conv2d(8, 4, 3, padding=1, bias=False), batch_norm=True),
         ],
         feedback=Connection(nn.ConvTranspose2d(4, 6, 2, stride=2), constraint="spectral_matrix", bound=0.5),
@@ -239,3 +239,117 @@ def test_parameters_that_changed_before_the_backward_are_noticed() -> None:
         link.connection.bn.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.sum().backward()
+
+
+@pytest.mark.parametrize("has_time", [False, True])
+@pytest.mark.parametrize("change", ["pool", "hook", "forward"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_input_stages_that_are_not_the_kernels(change: str, has_time: bool, dropout: float, monkeypatch) -> None:
+    """Pooling behind batch norm, hooks, and a forward of one's own: as in float32, whose masks are others."""
+
+    def trained_as(precision: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        pool = 2 if change == "pool" else 1
+        conv = nn.Conv2d(3, 6, 3, padding=1)
+        if change == "hook":
+            conv.register_forward_hook(lambda _, __, y: 2 * y)
+        if change == "forward":
+            conv.forward = lambda x: 2 * nn.Conv2d.forward(conv, x)
+        block = FeedbackSNN(
+            input=Connection(conv, batch_norm=True, pool=pool, dropout=dropout),
+            feedback=Connection(nn.Conv2d(6, 6, 3, padding=1), constraint="spectral_matrix", bound=0.5),
+            time_steps=3,
+            precision=precision,
+            input_has_time=has_time,
+        ).train()
+        x = numbers(4, 3, 8, 8)
+        value = block(x.expand(3, *x.shape) if has_time else x, generator=torch.Generator().manual_seed(1))
+        value.square().sum().backward()
+        return [value.detach(), *(p.grad for name, p in block.named_parameters() if name != "input.op.bias")]
+
+    if has_time and change != "pool":
+        with pytest.raises(ValueError, match="an input stage of your own cannot contain batch norm"):
+            trained_as("exact")
+        return
+    found = trained_as("exact")
+    monkeypatch.setattr(normalised, "suits", lambda *_: False)
+    for mine, theirs in zip(found, trained_as("exact" if dropout else "float32"), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+class Learned(nn.Module):
+    """A dropout whose gain is a parameter."""
+
+    drops = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def draw(self, like: Tensor, generator: torch.Generator | None = None, **_: bool) -> Tensor:  # noqa: ARG002
+        return self.scale * torch.ones_like(like)
+
+
+@pytest.mark.parametrize("where", ["input", "layers.0", "feedback"])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_a_gain_that_is_learned_has_its_gradient(where: str, kind: str) -> None:
+    found = []
+    for precision in ("float32", "exact", "fast"):
+        block = network(dropout=0.0)
+        if kind == "linear":
+            torch.manual_seed(0)
+            stage, layer, back = (nn.Linear(n, m) for n, m in ((192, 6), (6, 5), (5, 6)))
+            stage, layer = (Connection(op, batch_norm=True) for op in (stage, layer))
+            block = FeedbackSNN(input=stage, layers=[layer], feedback=Connection(back), time_steps=4).train()
+        block.precision = precision
+        block.get_submodule(where).dropout = Learned()
+        x = numbers(16, 3, 8, 8)
+        value = block(x if kind == "conv" else x.flatten(1), generator=torch.Generator().manual_seed(1))
+        (value * numbers(*value.shape, seed=2)).sum().backward()
+        found.append(float(block.get_submodule(where).dropout.scale.grad))
+    assert found[0] != 0
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert found[2] == pytest.approx(found[0], rel=0.3)  # the input stage of which is rounded
+
+
+def test_saved_tensors_may_come_back_in_another_layout() -> None:
+    found = []
+    for pack in (lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format)):
+        block = network()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            value = block(numbers(16, 3, 8, 8), generator=torch.Generator().manual_seed(1))
+        value.square().sum().backward()
+        found.append([p.grad for name, p in block.named_parameters() if not name.endswith("op.bias")])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
+
+
+def test_responses_gains_and_cotangents_may_lie_otherwise() -> None:
+    shape = (8, 6, 5, 7)
+    link, given = fixed(shape), numbers(*shape)
+    exact = by_torch(given, fixed(shape), 1.5)
+    object.__setattr__(link, "gain", link.gain.contiguous())
+    y = given.contiguous().requires_grad_()
+    rate, slope = normalised.rates(link, y, 1.5, rounded=False, with_slope=True)
+    assert slope.shape == shape
+    rate.backward(numbers(*shape, seed=7).contiguous())
+    for mine, theirs in zip((rate.detach(), y.grad), exact[:2], strict=True):
+        assert float((mine - theirs).norm() / theirs.norm()) < 2e-6
+    factor = torch.stack([numbers(6, seed=2)] * 2, 1)[:, 0]
+    assert not factor.is_contiguous()
+    moved, _ = response(given, factor, factor, None, 1.5).fire()
+    torch.testing.assert_close(
+        moved, response(given, factor.clone(), factor.clone(), None, 1.5).fire()[0], rtol=0, atol=0
+    )
+
+
+def test_what_nobody_asks_for_is_not_computed(monkeypatch) -> None:
+    ran = []
+    run = normalised._run
+    monkeypatch.setattr(normalised, "_run", lambda kernel, *a: (ran.append(kernel), run(kernel, *a))[1])
+    shape = (8, 6, 5, 7)
+    link, y = fixed(shape), numbers(*shape)
+    normalised.respond(link, y).square().sum().backward()
+    assert ran == ["moments", "moments", "rates", "sums"]
+    exact = by_torch(y, fixed(shape), None)
+    assert link.connection.bn.weight.grad.shape == exact[2].shape
