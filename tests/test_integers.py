@@ -263,3 +263,20 @@ def test_the_log_says_what_is_in_whole_numbers(options: dict[str, Any], expected
     with caplog.at_level(logging.INFO, "ide_snn.block"):
         step(net, torch.stack([x] * net.time_steps) if net.input_has_time else x)
     assert f"16-bit weights, {expected}" in caplog.text
+
+
+@pytest.mark.parametrize(("jacobian_bn", "is_loose"), [("running", True), ("batch", False)])
+def test_loose_solves_are_of_samples_by_themselves(jacobian_bn: Any, is_loose: bool, caplog) -> None:
+    layer = Connection(nn.Linear(20, 30), batch_norm=True)
+    net = FeedbackSNN(
+        input=Connection(nn.Linear(60, 20)),
+        layers=[layer],
+        feedback=Connection(nn.Linear(30, 20)),
+        solver=Gmres(1e-2),
+        gradient=Implicit(jacobian_bn, "f"),
+        precision="fast",
+        time_steps=3,
+    )
+    with caplog.at_level(logging.INFO, "ide_snn.block"):
+        net.train()(images(60, 30))
+    assert ("loose solves" in caplog.text) is is_loose

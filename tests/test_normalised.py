@@ -192,25 +192,35 @@ def test_one_value_per_channel_and_several_processes_are_left_to_torch() -> None
 
 def network(*, dropout: float = 0.2) -> FeedbackSNN:
     torch.manual_seed(0)
-    return FeedbackSNN(
+    block = FeedbackSNN(
         input=Connection(nn.Conv2d(3, 6, 3, padding=1), batch_norm=True, dropout=dropout),
         layers=[
             Connection(nn.Conv2d(6, 8, 3, stride=2, padding=1), batch_norm=True, dropout=dropout),
             Connection(nn.Conv2d(8, 4, 3, padding=1, bias=False), batch_norm=True),
         ],
         feedback=Connection(nn.ConvTranspose2d(4, 6, 2, stride=2), constraint="spectral_matrix", bound=0.5),
-        time_steps=4,
+        time_steps=8,
         precision="exact",
-    ).train()
+    )
+    for link in (block.input, *block.layers):
+        nn.init.constant_(link.bn.bias, 0.5)  # so that all populations fire
+    return block.train()
+
+
+def differentiate(block: FeedbackSNN, x: Tensor) -> None:
+    value = block(x, generator=torch.Generator().manual_seed(len(x)))
+    assert 0.1 < float(value.detach().mean()) < 0.9
+    (value * numbers(*value.shape, seed=2)).sum().backward()
+    # alpha is beyond its bound
+    assert all(p.grad.any() for name, p in block.named_parameters() if not name.endswith(("op.bias", "alpha")))
 
 
 def trained(block: FeedbackSNN, steps: int = 3) -> list[Tensor]:
     """Gradients of the last of some steps, and the buffers."""
-    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(block.parameters(), lr=1e-4)
     for step in range(steps):
         block.zero_grad()
-        x = numbers(16, 3, 8, 8, seed=step)
-        block(x, generator=torch.Generator().manual_seed(step)).square().sum().backward()
+        differentiate(block, numbers(16, 3, 8, 8, seed=step))
         optimizer.step()
     # gradients of biases in front of batch norm are 0 but for rounding
     behind = {f"{name}.op.bias" for name, part in block.named_modules() if getattr(part, "bn", None) is not None}
@@ -258,13 +268,15 @@ def test_input_stages_that_are_not_the_kernels(change: str, has_time: bool, drop
         block = FeedbackSNN(
             input=Connection(conv, batch_norm=True, pool=pool, dropout=dropout),
             feedback=Connection(nn.Conv2d(6, 6, 3, padding=1), constraint="spectral_matrix", bound=0.5),
-            time_steps=3,
+            time_steps=8,
             precision=precision,
             input_has_time=has_time,
         ).train()
+        nn.init.constant_(block.input.bn.bias, 0.5)  # so that it fires
         x = numbers(4, 3, 8, 8)
-        value = block(x.expand(3, *x.shape) if has_time else x, generator=torch.Generator().manual_seed(1))
-        value.square().sum().backward()
+        value = block(x.expand(8, *x.shape) if has_time else x, generator=torch.Generator().manual_seed(1))
+        (value * numbers(*value.shape, seed=2)).sum().backward()
+        assert 0.1 < float(value.detach().mean()) < 0.9
         return [value.detach(), *(p.grad for name, p in block.named_parameters() if name != "input.op.bias")]
 
     if has_time and change != "pool":
@@ -309,7 +321,7 @@ def test_a_gain_that_is_learned_has_its_gradient(where: str, kind: str) -> None:
         found.append(float(block.get_submodule(where).dropout.scale.grad))
     assert found[0] != 0
     assert found[1] == pytest.approx(found[0], rel=1e-3)
-    assert found[2] == pytest.approx(found[0], rel=0.3)  # the input stage of which is rounded
+    assert found[2] != 0  # some spikes of which are others
 
 
 def test_saved_tensors_may_come_back_in_another_layout() -> None:
@@ -317,8 +329,7 @@ def test_saved_tensors_may_come_back_in_another_layout() -> None:
     for pack in (lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format)):
         block = network()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            value = block(numbers(16, 3, 8, 8), generator=torch.Generator().manual_seed(1))
-        value.square().sum().backward()
+            differentiate(block, numbers(16, 3, 8, 8))
         found.append([p.grad for name, p in block.named_parameters() if not name.endswith("op.bias")])
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))

@@ -204,6 +204,18 @@ def test_it_is_not_said_where_it_is_not_done(gradient: Unrolled | Implicit, capl
     assert "bfloat16" not in caplog.text
 
 
+def test_it_is_said_where_j_alone_is_of_the_batch(caplog, monkeypatch) -> None:
+    """J of the batch at f of the rates: f itself still takes them."""
+    monkeypatch.setattr(convolutions, "SPARSE_BESIDE_BFLOAT16", 0.0)
+    seen = []
+    product = convolutions._product
+    monkeypatch.setattr(convolutions, "_product", lambda *a, **k: (seen.append(y := product(*a, **k)), y)[1])
+    with caplog.at_level(logging.INFO, "ide_snn.block"):
+        gradients(network("three", precision="fast", gradient=Implicit("batch", "f")).train(), images())
+    assert [y.dtype for y in seen] == [torch.float32, torch.bfloat16, torch.bfloat16]  # the first has a bias
+    assert "dense convolutions in bfloat16" in caplog.text
+
+
 def linearised(kind: str, share: float) -> tuple[EquilibriumMap, AnalyticLinearisation, Tensor]:
     """(f, J with this share of slopes that are not 0, a right-hand side)."""
     block = network(kind, precision="fast").eval()
