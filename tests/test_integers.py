@@ -11,9 +11,9 @@ import pytest
 import torch
 from compiled_blocks import assert_close, block, images, step
 from hypothesis import example, given, settings
-from torch import Tensor
+from torch import Tensor, nn
 
-from ide_snn import Anderson, Gmres, Implicit, NeuronParams, Unrolled, integers, native
+from ide_snn import Anderson, Connection, FeedbackSNN, Gmres, Implicit, NeuronParams, Unrolled, integers, native
 from ide_snn.integers import apply, multiply
 from ide_snn.operators import Operator
 
@@ -278,5 +278,5 @@ def test_loose_solves_are_of_samples_by_themselves(jacobian_bn: Any, is_loose: b
         time_steps=3,
     )
     with caplog.at_level(logging.INFO, "ide_snn.block"):
-        net.train()(images(60, 30))
+        net.train()(images(8, 60))
     assert ("loose solves" in caplog.text) is is_loose
