@@ -10,6 +10,7 @@ All membranes and spikes are zero at t = 0. Source: Xiao et al., NeurIPS 2021, s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -184,7 +185,8 @@ def simulate(
 
     Nothing passed in is modified.
     """
-    with torch.no_grad(), cached_weights():
+    has_own = callable(drive) or not all(isinstance(link, Affine) for link in (feedback, *layers))
+    with torch.no_grad(), cached_weights() if has_own else nullcontext():  # it is one for all threads of the process
         x = drive(0) if callable(drive) else drive
         like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
         last = len(shapes) - 1
