@@ -234,7 +234,7 @@ def _numbers(x: Tensor) -> _Numbers:
 
 
 def _room(y: Tensor) -> Tensor:
-    """[shares, 2, C] for sums that are read before the next kernel runs; a tensor of its own would break up the heap."""
+    """[shares, 2, C] for sums, read before the next kernel runs: tensors of their own would break up the heap."""
     rows, channels, _ = _rows(y)
     shape = (-(-rows // ROWS), 2, channels)
     return native.scratch(4 * math.prod(shape))[: 4 * math.prod(shape)].view(torch.float32).view(shape)
