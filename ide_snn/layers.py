@@ -341,18 +341,13 @@ class Affine:
 
     @cached_property
     def rounded_weight(self) -> Tensor:
-        """The weight [O, I, kh, kw] in bfloat16, channels-last."""
-        return rounded_weight(self.weight)
+        """The weight of a convolution in bfloat16, channels-last: as products have it, in which it needs no copy."""
+        return self.weight.to(torch.bfloat16, memory_format=torch.channels_last)
 
     @property
     def is_silent_at_zero(self) -> bool:
         """True where no input spikes means no output, so that the product can be skipped."""
         return self.bias is None
-
-
-def rounded_weight(weight: Tensor) -> Tensor:
-    """The weight of a convolution as its products in bfloat16 have it, in which they need no copy."""
-    return weight.to(torch.bfloat16, memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
