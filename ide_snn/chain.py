@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ide_snn import convolutions, event_driven
+from ide_snn import convolutions, event_driven, memory
 from ide_snn.dense import DenseMap, turned_product
 from ide_snn.equilibrium import AnalyticLinearisation, EquilibriumMap, Known
 from ide_snn.layers import Affine
@@ -67,12 +67,12 @@ class _Chain(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         if not any(ctx.needs_input_grad):
-            return rates.clone()
+            return memory.clone(rates)
         inputs, slopes, first = f.frozen_rates(rates, () if response is None else (Known(response),))
         ctx.f, ctx.solve = f, solve
         # parameters are saved for autograd to see that they are still those of the forward
         ctx.save_for_backward(first, *inputs, *slopes, *parameters)
-        return rates.clone()  # a view would refuse in-place operations behind the block
+        return memory.clone(rates)  # a view would refuse in-place operations behind the block
 
     @staticmethod
     @once_differentiable
@@ -93,14 +93,15 @@ class _Chain(torch.autograd.Function):
                 to_bias = turned.sum(1) if wanted[2] else None
             else:
                 rounded = f.rounds_convolutions and affine.operator.suits_onednn
-                d = convolutions.scaled(v, slope) if rounded else v * slope
+                d = convolutions.scaled(v, slope) if rounded else memory.multiply(v, slope)
                 _, to_weight, to_bias = operator_gradients(
                     affine.operator, x, d, affine.weight, wanted, rounded=rounded
                 )
             gradients[2 * number : 2 * number + 2] = to_weight, to_bias
             if number:
                 v = jacobian.maps[number].adjoint(v, slope)
-        return None, None, None, None, v * first if ctx.needs_input_grad[4] else None, *gradients
+        to_drive = memory.multiply(v, first) if ctx.needs_input_grad[4] else None
+        return None, None, None, None, to_drive, *gradients
 
 
 def of_rates(x: Tensor, *, whole: bool) -> DenseMap:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ide_snn import native
+from ide_snn import memory, native
 from ide_snn.event_driven import EventConnection
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
@@ -94,7 +94,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(*factors)
         ctx.operator, ctx.rounded = operator, rounded
         if known is not None:
-            return known.clone()  # callers overwrite it
+            return memory.clone(known)  # callers overwrite it
         y = _product(affine, x if walks else factors[0], bias, rounded, walks=walks)
         return y if as_computed and bias is None else y.to(torch.float32)
 
@@ -152,7 +152,7 @@ def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
         return (x * scale).to(torch.bfloat16)
     assert scale.dtype == torch.float32  # the kernel would read past it
     assert scale.shape == x.shape
-    to = torch.empty_like(x, dtype=torch.bfloat16, memory_format=last)
+    to = memory.empty(x.shape, torch.bfloat16, x.device, last)
     work = _Rounded(x.numel(), 0, x.data_ptr(), x.dtype == torch.bfloat16, scale.data_ptr(), to.data_ptr())
     native.run("elementwise", "rounded", work, x.numel())
     return to

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from ide_snn import memory
 from ide_snn.distributed import Share
 from ide_snn.native import Stage, is_plain, why_unavailable
 
@@ -75,7 +76,7 @@ class VariationalDropout(nn.Module):
         channels_last = channels_last and like.is_contiguous(memory_format=torch.channels_last)
         like = like.detach().permute(0, 2, 3, 1) if channels_last else like.detach()
         key, first = self.place(len(like), like.device, generator)
-        gain = torch.empty_like(like)
+        gain = memory.empty_like(like)
         if native and is_plain(gain) and why_unavailable("elementwise") is None:
             self.draw_stage(gain, int(key), first).run()
         else:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ide_snn import event_works as works
-from ide_snn import native
+from ide_snn import memory, native
 from ide_snn.layers import Affine
 from ide_snn.native import Stage, pointer
 from ide_snn.neurons import NeuronParams
@@ -96,8 +96,7 @@ class EventConnection:
         self.in_channels, self.out_channels = operator.in_channels, operator.out_channels
         if adjoint:
             self.in_channels, self.out_channels = self.out_channels, self.in_channels
-        shape = affine.input_shape if adjoint else operator.output_shape(affine.input_shape)
-        self.out_shape = tuple(shape)
+        self.out_shape = tuple(affine.input_shape if adjoint else operator.output_shape(affine.input_shape))
         lanes, most = (LEVEL_LANES, LEVEL_BLOCK) if levels else (LANES, MAX_BLOCK)
         self.blocks = -(-self.out_channels // (lanes if self.is_linear else most))
         self.block = -(-self.out_channels // self.blocks // lanes) * lanes
@@ -106,7 +105,8 @@ class EventConnection:
         # The unit of an output channel is so large that 16 bits hold the sum of any of its weights, each rounded.
         self.unit = affine.weight.new_empty(self.blocks * self.block) if levels else None
         dtype, taps = torch.int16 if levels else affine.weight.dtype, self.reach.taps
-        self.weight = affine.weight.new_empty(self.blocks, taps, self.in_channels, self.block, dtype=dtype)
+        shape = (self.blocks, taps, self.in_channels, self.block)
+        self.weight = memory.empty(shape, dtype, affine.weight.device)
         # the kernel that has packed the weight, for when its numbers have changed
         self.packing = self._packing(affine.weight, inputs_first=(operator.kind == "conv_transposed") != adjoint)
         self.packing.run()
@@ -159,7 +159,7 @@ class EventConnection:
         scale = None if scale is None else channels_last(scale)
         y = empty_channels_last((x.shape[0], *self.out_shape), x, torch.float32)
         struct = self.as_struct(*_together([self], len(x)))
-        scratch, _memory = works.Scratch.of(*_room(struct, self.block))
+        scratch, _keep = works.Scratch.of(*_room(struct, self.block))
         tensors = (x, None) if is_spikes else (None, x)
         pointers = map(pointer, (*tensors, scale, y))
         work = works.Product(ctypes.addressof(struct), len(x), 0, *pointers, scratch)
@@ -270,7 +270,7 @@ def simulation_stage(
         *(works.Population(own[0].numel() // max(batch, 1), *map(pointer, own)) for own in tensors)
     )
     rooms = [_room(struct, c.at_once) for struct, c in zip(structs, connections, strict=True)]
-    scratch, memory = works.Scratch.of(*map(max, zip(*rooms, strict=True)), own=own_memory)
+    scratch, keep = works.Scratch.of(*map(max, zip(*rooms, strict=True)), own=own_memory)
     work = works.Simulation(
         ctypes.addressof(links),
         ctypes.addressof(populations),
@@ -280,7 +280,7 @@ def simulation_stage(
         scratch,
     )
     elements = steps * sum(state.u.numel() for state in states)
-    return Stage("events", "simulate", work, elements, (links, populations, tensors, connections, drive, memory))
+    return Stage("events", "simulate", work, elements, (links, populations, tensors, connections, drive, keep))
 
 
 def _together(connections: Sequence[EventConnection], batch: int) -> list[int]:
@@ -314,4 +314,4 @@ def channels_last(x: Tensor) -> Tensor:
 
 def empty_channels_last(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+    return memory.empty(shape, dtype or like.dtype, like.device, layout)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ide_snn import memory
 from ide_snn.event_driven import State, channels_last, empty_channels_last
 from ide_snn.native import Stage, pointer
 
@@ -97,8 +98,8 @@ class _Fire(torch.autograd.Function):
         if grad is None:
             return None, None, None, None
         return (
-            grad * slope if ctx.needs_input_grad[0] else None,
-            grad * through if ctx.needs_input_grad[1] else None,
+            memory.multiply(grad, slope) if ctx.needs_input_grad[0] else None,
+            memory.multiply(grad, through) if ctx.needs_input_grad[1] else None,
             None,
             None,
         )
@@ -108,7 +109,7 @@ def weighted_rate(states: Sequence[State], total: float) -> Tensor:
     """`weighted` of the last population / total, NaN in samples where a membrane of any is NaN or infinite."""
     weighted = states[-1].weighted
     assert weighted is not None  # the rate that every simulation measures
-    result = torch.empty_like(weighted)
+    result = memory.empty_like(weighted)
     rate_stage(states, total, result).run()
     return result
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ide_snn import memory
 from ide_snn.chain import attach_written_out, has_written_out_gradient
 from ide_snn.equilibrium import AutogradLinearisation, EquilibriumMap, Linearisation
 from ide_snn.neurons import sigma
@@ -152,7 +153,7 @@ class _FixedPointGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.jacobian, ctx.solved = jacobian, solved
         ctx.channels_last = rates.dim() == 4 and rates.is_contiguous(memory_format=torch.channels_last)
-        return rates.clone()  # a view would refuse in-place operations behind the block
+        return memory.clone(rates)  # a view would refuse in-place operations behind the block
 
     @staticmethod
     @once_differentiable

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ide_snn import memory
 from ide_snn.affinity import Probe
 from ide_snn.dropout import VariationalDropout
 from ide_snn.normalization import (
@@ -171,7 +172,7 @@ class Connection(nn.Module):
                 _advance_parametrizations(self.op)
         output = self._output_shape(operator, shape)
         layout = torch.channels_last if native and len(output) == 3 else torch.contiguous_format
-        template = torch.empty(len(like), *output, dtype=like.dtype, device=like.device, memory_format=layout)
+        template = memory.empty((len(like), *output), like.dtype, like.device, layout)
         gain = self.dropout.draw(template, generator, native=native)
         if gain is not None and ((gain.shape, gain.dtype) != (template.shape, template.dtype) or gain.is_neg()):
             gain = template.copy_(gain)  # of a dropout of one's own; kernels read every number

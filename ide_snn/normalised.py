@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ide_snn import native
+from ide_snn import memory, native
 from ide_snn.event_driven import channels_last, empty_channels_last
 from ide_snn.input_stage import why_not_batch_norm
 from ide_snn.layers import FixedConnection
@@ -217,7 +217,7 @@ def _cotangents(
     to_beta, to_gamma = (means * (y.numel() // y.shape[1])).float()
     if not needs_y:
         return None, to_gamma, to_beta
-    (share, slant), to_y = means.float(), torch.empty_like(y)
+    (share, slant), to_y = means.float(), memory.empty_like(y)
     work.next, work.share, work.slant, work.to_y = 0, share.data_ptr(), slant.data_ptr(), _numbers(to_y)
     _run("cotangents", work, y)
     return to_y, to_gamma, to_beta

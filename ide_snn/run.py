@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ide_snn import memory
 from ide_snn.build import precision_of
 from ide_snn.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights, write_atomically
 from ide_snn.config import (
@@ -61,11 +62,14 @@ def train(config: Config, run_dir: Path) -> FitResult:
     device = _prepare_device(config.device)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
-    with process_group(device, config.trainer.process_timeout) as ranks, _quiet_but_first(ranks):
-        if not ranks.is_alone:
-            run_dir = Path(ranks.from_first(str(run_dir.resolve())))
-        with sole_writer(run_dir) if ranks.is_first else nullcontext():
-            return _train(config, run_dir, device, ranks)
+    try:
+        with process_group(device, config.trainer.process_timeout) as ranks, _quiet_but_first(ranks):
+            if not ranks.is_alone:
+                run_dir = Path(ranks.from_first(str(run_dir.resolve())))
+            with sole_writer(run_dir) if ranks.is_first else nullcontext():
+                return _train(config, run_dir, device, ranks)
+    finally:
+        memory.release()  # the next run of a sweep may be of a smaller network
 
 
 def _train(config: Config, run_dir: Path, device: torch.device, ranks: Ranks) -> FitResult:

@@ -13,6 +13,7 @@ PACKAGE = PROJECT / "ide_snn"
 # From the bottom up; a module may import those before it.
 LAYERS = [
     "distributed",
+    "memory",
     "native",
     "say_once",
     "precision",

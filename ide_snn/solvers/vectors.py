@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ide_snn import native
+from ide_snn import memory, native
 from ide_snn.native import pointer
 
 Array = NDArray[np.float64]
@@ -171,7 +171,7 @@ class PreparedGmres:
             lines(max([factor.scratch + together * factor.scratch_each for factor in factors])),
         )
         size = threads * (room[0] + room[1] + 2 * room[2] + room[3])
-        memory = native.scratch(size, own=own_memory)
+        scratch = native.scratch(size, own=own_memory)
         links = (_Factor * len(factors))(
             *[_Factor(native.address(f.library, f.kernel), ctypes.addressof(f.work), f.size) for f in factors]
         )
@@ -180,15 +180,15 @@ class PreparedGmres:
             *(groups, n, together, m, terms.passes, ctypes.addressof(links), len(factors)),
             *((None,) * 6),
             *(length.ctypes.data, used.ctypes.data),
-            *(terms.enough, terms.noise, rounding, memory.data_ptr(), room),
+            *(terms.enough, terms.noise, rounding, scratch.data_ptr(), room),
         )
-        self.stage = native.Stage("krylov", "gmres", work, 16 * groups * n, (factors, links, memory, length, used))
+        self.stage = native.Stage("krylov", "gmres", work, 16 * groups * n, (factors, links, scratch, length, used))
         self._work = work
 
     def take(self, b: Tensor, start: Tensor | None = None, rhs: Array | None = None) -> None:
         """What `gmres` is given, for the next run."""
         work = self._work
-        y, residual = torch.empty_like(b), torch.empty_like(b) if self._keeps_residual else b.new_empty(0)
+        y, residual = memory.empty_like(b), memory.empty_like(b) if self._keeps_residual else b.new_empty(0)
         norm = b.new_empty(work.groups, dtype=torch.float64)
         work.b, work.y = b.data_ptr(), y.data_ptr()
         work.residual = residual.data_ptr() if self._keeps_residual else None
@@ -219,7 +219,7 @@ class _Work(ctypes.Structure):
 
 def rescaled(b: Tensor) -> tuple[Tensor, Tensor, Array]:
     """(b / unit [G, N], unit [G], ||b / unit|| [G]) of b [G, N]; the unit is a power of two near the largest |b|."""
-    scaled, unit = torch.empty_like(b), b.new_empty(len(b))
+    scaled, unit = memory.empty_like(b), b.new_empty(len(b))
     return scaled, unit, _once("rescale", b, b=b, y=scaled, unit=unit)
 
 
