@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+T = TypeVar("T")
 LEAST = 1 << 20  # bytes; smaller tensors are in the heap
 SPARE = 1.5  # all blocks are at most so many times as large as those that were in use at once
 
@@ -65,44 +68,71 @@ def _is_large(size: int, device: torch.device) -> bool:
 
 def _in_a_block(like: Tensor) -> Tensor:
     """A tensor with the shape, type and strides of `like`, which is dense."""
-    memory = torch.from_numpy(_blocks.take(like.numel() * like.itemsize)).untyped_storage()
+    try:
+        memory = torch.from_numpy(_blocks.take(like.numel() * like.itemsize)).untyped_storage()
+    except OSError:  # the system has none left: torch finds some, or raises what its users know
+        release()
+        return torch.empty_like(like, device="cpu")
     # not a view, which autograd would refuse to overwrite in some places
     return torch.empty(0, dtype=like.dtype, device="cpu").set_(memory, 0, like.shape, like.stride())
 
 
-class Blocks:
-    """Blocks of memory: in use by an array, or idle.
+class _Lease(weakref.ref[NDArray[np.uint8]]):
+    """That an array has a block, until it ends."""
 
-    Arrays may end in any thread at any moment, also while another is taken, when Python collects garbage. So what ends
-    is only put in a queue, without a lock; the next `take` finds it there.
+    block: mmap.mmap
+
+
+class Blocks:
+    """Blocks of memory: leased to an array, or idle.
+
+    Arrays may end in any thread at any moment, also while another is taken, when Python collects garbage. What ends is
+    only put in a queue, by a call that is not Python code, for that could swallow the KeyboardInterrupt of a Ctrl-C;
+    the next `take` finds it there. Bytes are counted anew each time: an interrupt between two counts would spoil them.
 
     Attributes:
-        held: bytes of all blocks.
-        used: bytes of those in use, when an array was taken last.
-        most: the largest `used` so far.
+        most: the largest `used` since the last `release`.
     """
 
     def __init__(self) -> None:
-        self.held = self.used = self.most = 0
+        self.most = 0
+        self._leases: dict[int, _Lease] = {}  # by their id: an array has no hash, nor have references to it
         self._idle: dict[int, list[mmap.mmap]] = {}  # by size; the sizes that were asked for last come last
-        self._ended: deque[tuple[int, mmap.mmap]] = deque()
-        self._lock = threading.Lock()
+        self._ended: deque[_Lease] = deque()
+        self.unlock()
+
+    def unlock(self) -> None:
+        """For a forked process: the thread that holds the lock may not be in it."""
+        self._lock = threading.RLock()  # a signal's handler, or a destructor, may take a block while another is taken
+
+    @property
+    def used(self) -> int:
+        """Bytes of the blocks whose arrays had not ended when one was taken last."""
+        return sum(len(lease.block) for lease in tuple(self._leases.values()))
+
+    @property
+    def held(self) -> int:
+        """Bytes of all blocks."""
+        return self.used + sum(size * len(idle) for size, idle in tuple(self._idle.items()))
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """An array of `size` bytes with any content."""
+        """An array of `size` bytes with any content.
+
+        Raises:
+            OSError: if there is no memory.
+        """
         with self._lock:
             self._collect()
-            self.used += size
-            self.most = max(self.most, self.used)
+            self.most = max(self.most, self.used + size)
             idle = self._idle[size] = self._idle.pop(size, [])
-            if idle:
-                block = idle.pop()
-            else:
-                self._shrink(max(0, int(SPARE * self.most) - size))
+            block = _popped(idle)
+            if block is None:
+                self._shrink(int(SPARE * self.most) - size)
                 block = _map(size)
-                self.held += size
-        array = np.frombuffer(block, np.uint8)
-        weakref.finalize(array, self._ended.append, (size, block)).atexit = False
+            array = np.frombuffer(block, np.uint8)
+            lease = _Lease(array, self._ended.appendleft)
+            lease.block = block
+            self._leases[id(lease)] = lease
         return array
 
     def release(self) -> None:
@@ -114,19 +144,24 @@ class Blocks:
 
     def _collect(self) -> None:
         """Makes the blocks idle whose arrays have ended."""
-        for _ in range(len(self._ended)):  # others may be added meanwhile
-            size, block = self._ended.popleft()
-            self.used -= size
-            self._idle.setdefault(size, []).append(block)
+        while (lease := _popped(self._ended)) is not None:
+            self._leases.pop(id(lease), None)  # an interrupted `take` has not noted it
+            self._idle.setdefault(len(lease.block), []).append(lease.block)
 
     def _shrink(self, most: int) -> None:
         """Unmaps idle blocks, of the sizes that were asked for the longest ago, until at most these bytes are held."""
-        for size in tuple(self._idle):
-            while self._idle[size] and self.held > most:
-                self._idle[size].pop()
-                self.held -= size
-            if not self._idle[size]:
-                del self._idle[size]
+        for size, idle in tuple(self._idle.items()):
+            while self.held > most and _popped(idle) is not None:
+                if not idle:  # others of the size may be in use: when they end it counts as asked for then
+                    self._idle.pop(size, None)
+
+
+def _popped(some: list[T] | deque[T]) -> T | None:
+    """The last of them, if there is one: a signal's handler may come between a look and a pop."""
+    try:
+        return some.pop()
+    except IndexError:
+        return None
 
 
 def _map(size: int) -> mmap.mmap:
@@ -136,3 +171,5 @@ def _map(size: int) -> mmap.mmap:
 
 
 _blocks = Blocks()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _blocks.unlock())
