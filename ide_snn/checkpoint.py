@@ -82,6 +82,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError for a missing, foreign, truncated or newer file.
     """
     path = Path(path)
+    if path.is_dir():
+        found = ", ".join(str(file) for file in sorted(path.glob("**/*.pt"))) or "of which it has none (*.pt)"
+        raise CheckpointError(f"{path} is a folder: give one of its checkpoints, {found}")
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: no such file")
     content_of_file = path.read_bytes()  # apart, since torch raises OSError for damaged content too

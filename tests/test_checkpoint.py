@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> Non
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("executed"),))
+
+
+def test_a_run_folder_is_answered_with_its_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is a folder: .*of which it has none"):
+        load_checkpoint(tmp_path)
+    for name in ("best", "last"):
+        save(tmp_path / "checkpoints" / f"{name}.pt", nn.Linear(3, 2))
+    best, last = (re.escape(str(tmp_path / "checkpoints" / f"{name}.pt")) for name in ("best", "last"))
+    with pytest.raises(CheckpointError, match=f"is a folder: give one of its checkpoints, {best}, {last}$"):
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
