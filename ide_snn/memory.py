@@ -9,22 +9,20 @@ nothing refers to the one before: neither a view of it nor a graph.
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
 import sys
 import threading
 import weakref
-from collections import deque
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-T = TypeVar("T")
 LEAST = 1 << 20  # bytes; smaller tensors are in the heap
 SPARE = 1.5  # all blocks are at most so many times as large as those that were in use at once
 
@@ -70,7 +68,7 @@ def _in_a_block(like: Tensor) -> Tensor:
     """A tensor with the shape, type and strides of `like`, which is dense."""
     try:
         memory = torch.from_numpy(_blocks.take(like.numel() * like.itemsize)).untyped_storage()
-    except OSError:  # the system has none left: torch finds some, or raises what its users know
+    except MemoryError:  # the system has none left: torch finds some, or raises what its users know
         release()
         return torch.empty_like(like, device="cpu")
     # not a view, which autograd would refuse to overwrite in some places
@@ -78,7 +76,7 @@ def _in_a_block(like: Tensor) -> Tensor:
 
 
 class _Lease(weakref.ref[NDArray[np.uint8]]):
-    """That an array has a block, until it ends."""
+    """That an array has a block, as long as it lives."""
 
     block: mmap.mmap
 
@@ -86,9 +84,9 @@ class _Lease(weakref.ref[NDArray[np.uint8]]):
 class Blocks:
     """Blocks of memory: leased to an array, or idle.
 
-    Arrays may end in any thread at any moment, also while another is taken, when Python collects garbage. What ends is
-    only put in a queue, by a call that is not Python code, for that could swallow the KeyboardInterrupt of a Ctrl-C;
-    the next `take` finds it there. Bytes are counted anew each time: an interrupt between two counts would spoil them.
+    Arrays may end in any thread at any moment. No code runs then: it could swallow the KeyboardInterrupt of a Ctrl-C.
+    The next `take` looks which have. Bytes are counted anew each time, for an interrupt between two counts would spoil
+    them, and in copies: a signal's handler, or a destructor, may take a block while another is taken.
 
     Attributes:
         most: the largest `used` since the last `release`.
@@ -98,28 +96,28 @@ class Blocks:
         self.most = 0
         self._leases: dict[int, _Lease] = {}  # by their id: an array has no hash, nor have references to it
         self._idle: dict[int, list[mmap.mmap]] = {}  # by size; the sizes that were asked for last come last
-        self._ended: deque[_Lease] = deque()
         self.unlock()
 
     def unlock(self) -> None:
         """For a forked process: the thread that holds the lock may not be in it."""
-        self._lock = threading.RLock()  # a signal's handler, or a destructor, may take a block while another is taken
+        self._lock = threading.RLock()
 
     @property
     def used(self) -> int:
-        """Bytes of the blocks whose arrays had not ended when one was taken last."""
-        return sum(len(lease.block) for lease in tuple(self._leases.values()))
+        """Bytes of the blocks of arrays that live."""
+        return sum(len(lease.block) for lease in self._leases.copy().values() if lease() is not None)
 
     @property
     def held(self) -> int:
         """Bytes of all blocks."""
-        return self.used + sum(size * len(idle) for size, idle in tuple(self._idle.items()))
+        leased = sum(len(lease.block) for lease in self._leases.copy().values())
+        return leased + sum(size * len(idle) for size, idle in self._idle.copy().items())
 
     def take(self, size: int) -> NDArray[np.uint8]:
         """An array of `size` bytes with any content.
 
         Raises:
-            OSError: if there is no memory.
+            MemoryError: if the system has none left.
         """
         with self._lock:
             self._collect()
@@ -130,7 +128,7 @@ class Blocks:
                 self._shrink(int(SPARE * self.most) - size)
                 block = _map(size)
             array = np.frombuffer(block, np.uint8)
-            lease = _Lease(array, self._ended.appendleft)
+            lease = _Lease(array)
             lease.block = block
             self._leases[id(lease)] = lease
         return array
@@ -144,19 +142,19 @@ class Blocks:
 
     def _collect(self) -> None:
         """Makes the blocks idle whose arrays have ended."""
-        while (lease := _popped(self._ended)) is not None:
-            self._leases.pop(id(lease), None)  # an interrupted `take` has not noted it
-            self._idle.setdefault(len(lease.block), []).append(lease.block)
+        for key, lease in self._leases.copy().items():
+            if lease() is None and self._leases.pop(key, None) is not None:
+                self._idle.setdefault(len(lease.block), []).append(lease.block)
 
     def _shrink(self, most: int) -> None:
         """Unmaps idle blocks, of the sizes that were asked for the longest ago, until at most these bytes are held."""
-        for size, idle in tuple(self._idle.items()):
+        for size, idle in self._idle.copy().items():
             while self.held > most and _popped(idle) is not None:
                 if not idle:  # others of the size may be in use: when they end it counts as asked for then
                     self._idle.pop(size, None)
 
 
-def _popped(some: list[T] | deque[T]) -> T | None:
+def _popped(some: list[mmap.mmap]) -> mmap.mmap | None:
     """The last of them, if there is one: a signal's handler may come between a look and a pop."""
     try:
         return some.pop()
@@ -165,9 +163,14 @@ def _popped(some: list[T] | deque[T]) -> T | None:
 
 
 def _map(size: int) -> mmap.mmap:
-    if sys.platform == "win32":
-        return mmap.mmap(-1, size)
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a forked process writes to its own
+    try:
+        if sys.platform == "win32":
+            return mmap.mmap(-1, size)
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a forked process writes to its own
+    except OSError as error:
+        if error.errno != errno.ENOMEM:  # such as the TimeoutError of a signal's handler
+            raise
+        raise MemoryError(f"no {size} bytes") from error
 
 
 _blocks = Blocks()
