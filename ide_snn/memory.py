@@ -137,7 +137,7 @@ class Blocks:
         """Unmaps the idle blocks; what was most in use counts from now on."""
         with self._lock:
             self._collect()
-            self._shrink(0)
+            self._idle.clear()
             self.most = self.used
 
     def _collect(self) -> None:
