@@ -290,6 +290,9 @@ INLINE void interleaved(const int32_t *first, const int32_t *second, Sums *w) {
     w[1] = high(a, b);
 }
 
+/* Keeps x in a register: compilers load a factor of many sums anew for each, or put sums into memory between steps. */
+#define hold(x) __asm__ volatile("" : "+v"(x))
+
 INLINE void put(const Sums *sum, const Row *x, const float *unit, int64_t b, int64_t n) {
     Lanes y[VECTORS];
     for (int j = 0; j < VECTORS; j++) y[j] = __builtin_convertvector((Ints)sum[j], Lanes) * ((const Lanes *)unit)[j] * x->largest;
@@ -308,8 +311,14 @@ INLINE void tile(int apart, int rows, int64_t pairs, const Row *const *x, const 
         if (apart) interleaved(weight, weight + WIDTH, w);
         else
             for (int j = 0; j < VECTORS; j++) w[j] = load(weight + j * WIDTH);
-        for (int i = 0; i < rows; i++)
-            for (int j = 0; j < VECTORS; j++) sum[i][j] = add_products(sum[i][j], same(x[i]->pairs[p]), w[j]);
+        for (int j = 0; j < VECTORS; j++) hold(w[j]);
+        for (int i = 0; i < rows; i++) {
+            Sums k = same(x[i]->pairs[p]);
+            for (int j = 0; j < VECTORS; j++) {
+                sum[i][j] = add_products(sum[i][j], k, w[j]);
+                hold(sum[i][j]);
+            }
+        }
     }
     for (int i = 0; i < rows; i++) put(sum[i], x[i], unit, b, n);
 }
