@@ -56,7 +56,8 @@ class FeedbackSNN(nn.Module):
         precision: how the simulation and the products of J are computed, see `ide_snn.precision`.
         compile: prepare the training step once and then run it by a few calls, where that can be done
             (`ide_snn.compiled`); on a GPU the time steps of the simulation (`ide_snn.graphed_simulation`). The log says
-            whether it is. The attribute is `compile_`, since `compile` is a method of every `nn.Module`.
+            whether it is. None: on a CPU alone, and without a warning where it cannot be done. The attribute is
+            `compile_`, since `compile` is a method of every `nn.Module`.
 
     Settings are attributes of the same names, which may be set between forwards.
 
@@ -81,7 +82,7 @@ class FeedbackSNN(nn.Module):
         input_has_time: bool = False,
         check_input: bool | None = None,
         precision: Precision = "float32",
-        compile: bool = False,
+        compile: bool | None = None,
     ) -> None:
         super().__init__()
         if isinstance(layers, nn.Module) and not isinstance(layers, nn.ModuleList):
@@ -147,7 +148,8 @@ class FeedbackSNN(nn.Module):
         return None if own or hooks or not self._may_be_compiled(x) else self._compiled(self, x, generator, linear)
 
     def _may_be_compiled(self, x: Tensor) -> bool:
-        return self.compile_ and self.training and torch.is_grad_enabled() and not x.is_cuda
+        wanted = self.precision != "float32" if self.compile_ is None else self.compile_
+        return wanted and self.training and torch.is_grad_enabled() and not x.is_cuda
 
     def _tell(self, rates: Rates) -> None:
         if self._simulation_hooks:
@@ -253,7 +255,7 @@ class FeedbackSNN(nn.Module):
     @property
     def path(self) -> str:
         """How the latest forwards were computed, in the words of the log: the simulation, and what `compile` does."""
-        of_compile = (self._compiled.say_once, self._graphed.say_once) if self.compile_ else ()
+        of_compile = (self._compiled.say_once, self._graphed.say_once) if self.compile_ is not False else ()
         said = (say.latest for say in (self.say_once, *of_compile))
         return "; ".join(filter(None, said)) or "no forward yet"
 
@@ -398,7 +400,7 @@ class _Moment:
         frames = Frames(x, mean_input, first) if block.input_has_time else None
         ahead = None
         if path in FUSED_PATHS:
-            ahead = functools.partial(block._solves.ahead, precision=block.precision, captured=block.compile_)
+            ahead = functools.partial(block._solves.ahead, precision=block.precision, captured=bool(block.compile_))
         f = EquilibriumMap(feedback, tuple(layers), drive, block.neuron, path, block.precision, ahead)
         return cls(block, f, value, at, shapes, frames)
 

@@ -54,6 +54,7 @@ class Block(Protocol):
     input_has_time: bool
     check_input: bool | None
     precision: Precision
+    compile_: bool | None
     say_once: SayOnce
     _modules: dict[str, nn.Module | None]
     _solve_hooks: OrderedDict[int, SolveHook]
@@ -111,6 +112,7 @@ class CompiledSteps:
                 bool(block._simulation_hooks),
                 any(GLOBAL_HOOKS),
                 len(block.layers),
+                block.compile_,
                 None if readout is None else id(readout),
             ),
         )
@@ -142,9 +144,12 @@ class CompiledSteps:
             for connection in (block.input, block.feedback):  # whose weights are plain, or constrained by what is known
                 weight, bias = raw_weight(connection.op), cast("Tensor | None", connection.op.bias)
                 connection.require_sizes(cast(Operator, connection.operator), weight, bias)
-            self.say_once("compile=True: the training step is compiled")
+            self.say_once("the training step is compiled")
             return Plan(_parts(block, cast(Path, found), readout), len(x))
-        self.say_once(f"compile=True: no effect ({found})", warn=True)
+        if block.compile_:
+            self.say_once(f"compile=True: no effect ({found})", warn=True)
+        else:
+            self.say_once(f"the training step is not compiled ({found})")
         return found
 
     def __reduce__(self) -> tuple[type[CompiledSteps], tuple[()]]:

@@ -50,7 +50,7 @@ class NetworkOptions:
         input_has_time: inputs are [T, B, C, H, W].
         check_input: refuse NaN and infinity in the input; None: on a CPU.
         precision: of the simulation and the products of J, see `ide_snn.precision`.
-        compile: prepare the training step once, see `ide_snn.compiled`.
+        compile: prepare the training step once, see `ide_snn.compiled`. None: on a CPU, where that can be done.
         generator: draws the initial weights.
     """
 
@@ -65,7 +65,7 @@ class NetworkOptions:
     input_has_time: bool = False
     check_input: bool | None = None
     precision: Precision = "float32"
-    compile: bool = False
+    compile: bool | None = None
     generator: torch.Generator | None = None
 
     def connection(self, op: nn.Module) -> Connection:

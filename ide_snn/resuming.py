@@ -18,10 +18,11 @@ from ide_snn.progress import random_state, set_random_state
 
 __all__ = ["CHANGEABLE", "refuse_changes", "restore_training", "training_state"]
 
-# Options that may change when a run is resumed: they do not change what is computed.
+# Options that may change when a run is resumed: they do not change what is computed, but for rounding.
 CHANGEABLE = (
     "resume",
     "device",
+    "compile",
     "data_dir",
     "dataset.cache",
     "dataset.download",

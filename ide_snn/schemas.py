@@ -249,7 +249,7 @@ class Config:
     device: str
     data_dir: str | None
     resume: str
-    compile: bool = False  # configurations saved before there was this lack it
+    compile: bool | None = False  # configurations saved before there was this lack it
 
 
 @dataclass(slots=True)

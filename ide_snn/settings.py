@@ -37,6 +37,6 @@ REQUIRED: dict[str, Callable[[Any], None]] = {  # by name; each raises ValueErro
     "time_steps": functools.partial(require_count, "time_steps"),
     "input_has_time": functools.partial(_require_one_of, "input_has_time", (False, True)),
     "check_input": functools.partial(_require_one_of, "check_input", (None, False, True)),
-    "compile_": functools.partial(_require_one_of, "compile", (False, True)),
+    "compile_": functools.partial(_require_one_of, "compile", (None, False, True)),
     "compile": _refuse_compile,
 }

@@ -23,7 +23,7 @@ def block(
     constraint: str = "spectral_matrix",
     bias: bool = True,
     feedback_bias: bool = False,
-    compile: bool = True,
+    compile: bool | None = True,
     **options: Any,
 ) -> FeedbackSNN:
     generator = torch.Generator().manual_seed(3)

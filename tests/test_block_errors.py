@@ -121,7 +121,7 @@ def test_wrong_kinds_of_options(name: str) -> None:
 
 def test_compile_is_set_by_its_own_name() -> None:
     block = small_block("fc")
-    with pytest.raises(ValueError, match="compile must be one of False, True, got 'false'"):
+    with pytest.raises(ValueError, match="compile must be one of None, False, True, got 'false'"):
         block.compile_ = "false"
     with pytest.raises(ValueError, match=r"block.compile_ = True"):
         block.compile = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from compiled_blocks import REASON, assert_close, block, images, is_compiled, step
 from hypothesis import given, settings
+from torch import nn
 
 from ide_snn import FeedbackSNN, Gmres, NeuronParams, integers
 from ide_snn.optimizations import get_constraint
@@ -47,9 +49,33 @@ def test_three_steps_are_those_that_are_not_compiled(variant: str) -> None:
             optimizer.step()
     assert is_compiled(compiled)
     assert not is_compiled(plain)
-    assert compiled.path == f"{plain.path}; compile=True: the training step is compiled"
+    assert compiled.path == f"{plain.path}; the training step is compiled"
     for (name, buffer), (_, expected) in zip(compiled.named_buffers(), plain.named_buffers(), strict=True):
         torch.testing.assert_close(buffer, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_without_a_word_it_is_compiled_where_it_can_be(caplog: pytest.LogCaptureFixture) -> None:
+    """compile=None, the default: there is nothing to choose, so nothing to warn about."""
+    caplog.set_level(logging.INFO, "ide_snn")
+    net, plain = (block(compile=on) for on in (None, False))
+    assert FeedbackSNN(input=nn.Linear(3, 4), feedback=nn.Linear(4, 4)).compile_ is None
+    for with_time, precision, said in [
+        (False, "exact", "; the training step is compiled"),
+        (False, "fast", "; the training step is compiled"),
+        (False, "float32", ""),
+        (True, "exact", "; the training step is not compiled (the input has time)"),
+    ]:
+        for one in (net, plain):
+            one.input_has_time, one.precision = with_time, precision
+            step(one, torch.stack([images()] * one.time_steps) if with_time else images())
+        assert net.path == plain.path + said
+    assert is_compiled(net)
+    assert not is_compiled(plain)
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    net.compile_ = True  # asked for, it is
+    step(net, torch.stack([images()] * net.time_steps))
+    assert caplog.records[-1].levelno == logging.WARNING
+    assert net.path.endswith("; compile=True: no effect (the input has time)")
 
 
 @settings(max_examples=25, deadline=None)

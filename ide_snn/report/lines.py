@@ -33,7 +33,7 @@ NEUTRAL = frozenset(
     }
 )
 # Values of an option that compute the same up to rounding
-ALIKE = {"precision.name": ("float32", "exact"), "compile": (False, True)}
+ALIKE = {"precision.name": ("float32", "exact")}
 # Options of the data set that are compared even where the data are a stand-in: the others say which data they are
 OF_ANY_DATA = frozenset(
     f"dataset.{name}"
