@@ -35,12 +35,6 @@ typedef struct {
     int64_t next;        /* block to be taken by the next thread; starts at 0 */
 } Pack;
 
-/* to[0..n - 1] = from[0..n - 1]; a copy of constant size is a few instructions. */
-static inline void copy(float *to, const float *from, int64_t n) {
-    if (n == COLUMNS) memcpy(to, from, COLUMNS * sizeof(float));
-    else memcpy(to, from, n * sizeof(float));
-}
-
 void pack(Pack *w) {
     float scale = w->scale ? *w->scale : 1;
     for (int64_t b; (b = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->blocks;) {
@@ -48,8 +42,8 @@ void pack(Pack *w) {
         const float *from = w->weight + b * COLUMNS;
         float *to = w->packed + b * w->inputs * COLUMNS;
         for (int64_t p = 0; p < w->inputs; p++, from += w->outputs, to += COLUMNS) {
-            Lanes row[VECTORS] = {0};
-            if (n) copy((float *)row, from, n);
+            Lanes row[VECTORS];
+            read_row(from, n, COLUMNS, row);
             for (int j = 0; j < VECTORS; j++) ((Lanes *)to)[j] = scale * row[j];
         }
     }
@@ -72,7 +66,7 @@ static inline __attribute__((always_inline)) void tile(int rows, int64_t inputs,
     for (int64_t p = 0; p < inputs; p++, weight += COLUMNS)
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < VECTORS; j++) sum[i][j] += value[i][p] * *(const Lanes *)(weight + j * WIDTH);
-    for (int i = 0; i < rows; i++) copy(x[i]->y + b * COLUMNS, (const float *)sum[i], n);
+    for (int i = 0; i < rows; i++) write_row(sum[i], n, COLUMNS, x[i]->y + b * COLUMNS);
 }
 
 /* The same for one sample by its inputs that are not 0, for one or two blocks, which is a constant. */
@@ -94,13 +88,7 @@ static inline __attribute__((always_inline)) void walk(int blocks, const Row *x,
     }
     for (int q = 1; q < sums; q++)
         for (int j = 0; j < blocks * VECTORS; j++) part[0][j] += part[q][j];
-    if (n == blocks * COLUMNS)
-        for (int j = 0; j < blocks * VECTORS; j++) ((Lanes *)y)[j] = part[0][j];
-    else {
-        Lanes sum[2 * VECTORS]; /* whose address may be known */
-        for (int j = 0; j < blocks * VECTORS; j++) sum[j] = part[0][j];
-        memcpy(y, sum, n * sizeof(float));
-    }
+    write_row(part[0], n, blocks * COLUMNS, y);
 }
 
 /* Takes scale * x; where few are not 0 those alone. */

@@ -330,31 +330,53 @@ void pack(Pack *w) {
     }
 }
 
-/* One step of n neurons: the same operations in the same order as ide_snn.neurons.step_. Overwrites `current`.
- * One loop per operation: each is a few vectors long, and the compiler vectorises all of them. */
-static inline void advance(int64_t n, float *restrict current, const float *restrict gain, const float *restrict drive,
-                           float *restrict u, uint8_t *restrict spikes, float *restrict weighted, float *restrict count,
-                           float threshold, float leak) {
-    if (gain)
-        for (int64_t j = 0; j < n; j++) current[j] *= gain[j];
-    if (drive)
-        for (int64_t j = 0; j < n; j++) current[j] += drive[j];
-    for (int64_t j = 0; j < n; j++) {
-        float v = u[j] + current[j];
-        float s = v >= threshold ? 1.0f : 0.0f;
-        u[j] = (v - threshold * s) * leak;
-        current[j] = s;
-    }
-    for (int64_t j = 0; j < n; j++) spikes[j] = (uint8_t)(int32_t)current[j];
-    if (weighted)
-        for (int64_t j = 0; j < n; j++) weighted[j] = weighted[j] * leak + current[j];
-    if (count)
-        for (int64_t j = 0; j < n; j++) count[j] += current[j];
+/* 1 where a number is -1, 0 where it is 0. */
+static inline void write_spikes(Bits fired, uint8_t *to) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8((__m512i)(fired & 1)));
+#elif defined(__AVX2__)
+    __m256i ones = (__m256i)(fired & 1);
+    __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(ones), _mm256_extracti128_si256(ones, 1));
+    _mm_storel_epi64((__m128i *)to, _mm_packs_epi16(halves, halves));
+#else
+    for (int j = 0; j < WIDTH; j++) to[j] = (uint8_t)-fired[j];
+#endif
 }
 
-/* total = total * leak + x. */
-static inline void add_up_in_time(int64_t n, const float *restrict x, float leak, float *restrict total) {
-    for (int64_t j = 0; j < n; j++) total[j] = total[j] * leak + x[j];
+/* One step of n neurons in numbers from `at` on, driven by `response`: the same operations in the same order as
+ * ide_snn.neurons.step_. `drive` may be NULL; `total` or NULL takes up the responses. */
+static void advance(const Population *q, int64_t at, int64_t n, const float *response, const float *gain, const float *drive,
+                    float threshold, float leak, float *total) {
+    const Lanes one = 1.0f + (Lanes){0};
+    float *u = q->u + at, *weighted = q->weighted ? q->weighted + at : 0, *count = q->count ? q->count + at : 0;
+    uint8_t *spikes = q->spikes + at;
+    int64_t j = 0;
+    for (; j + WIDTH <= n; j += WIDTH) {
+        Lanes x = *(const Lanes *)(response + j), v, s;
+        Bits fired;
+        if (total) *(Lanes *)(total + at + j) = *(Lanes *)(total + at + j) * leak + x;
+        if (gain) x *= *(const Lanes *)(gain + at + j);
+        if (drive) x += *(const Lanes *)(drive + at + j);
+        v = *(Lanes *)(u + j) + x;
+        fired = v >= threshold;
+        s = (Lanes)(fired & (Bits)one);
+        *(Lanes *)(u + j) = (v - threshold * s) * leak;
+        write_spikes(fired, spikes + j);
+        if (weighted) *(Lanes *)(weighted + j) = *(Lanes *)(weighted + j) * leak + s;
+        if (count) *(Lanes *)(count + j) += s;
+    }
+    for (; j < n; j++) {
+        float x = response[j], v, s;
+        if (total) total[at + j] = total[at + j] * leak + x;
+        if (gain) x *= gain[at + j];
+        if (drive) x += drive[at + j];
+        v = u[j] + x;
+        s = v >= threshold ? 1.0f : 0.0f;
+        u[j] = (v - threshold * s) * leak;
+        spikes[j] = v >= threshold;
+        if (weighted) weighted[j] = weighted[j] * leak + s;
+        if (count) count[j] += s;
+    }
 }
 
 /* A population of `samples` samples from the first on, driven by the events of its predecessor. Blocks of STRETCH channels
@@ -380,13 +402,9 @@ static void update(const Connection *k, const Population *q, int64_t sample, int
                 if (k->levels) from_levels(k, b + i, positions, (const int16_t *)acc + source, room + i * k->block);
                 else memcpy(room + i * k->block, acc + source, positions * k->block * sizeof(float));
             }
-            if (response) add_up_in_time(n * positions, room, leak, response + at);
-            if (share != 0) {
-                for (int64_t j = at; j < at + n * positions; j++) response[j] *= share;
-                continue;
-            }
-            advance(n * positions, room, k->gain ? k->gain + at : 0, drive ? drive + at : 0, q->u + at, q->spikes + at,
-                    q->weighted ? q->weighted + at : 0, q->count ? q->count + at : 0, threshold, leak);
+            if (share == 0) advance(q, at, n * positions, room, k->gain, drive, threshold, leak, response);
+            else
+                for (int64_t j = 0; j < n * positions; j++) response[at + j] = (response[at + j] * leak + room[j]) * share;
         }
     }
 }

@@ -47,7 +47,6 @@ typedef __m256i Sums;
 
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int16_t Level __attribute__((may_alias));
-typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
 
 #define LEVELS 4095     /* of a vector: 12 bits and a sign */
 #define MOST 524416     /* (2^31 - 1) / LEVELS: the sum of the absolute levels of an output's weights */
@@ -64,8 +63,6 @@ static inline uint32_t nearest(float x) {
     memcpy(&bits, &x, sizeof bits);
     return bits;
 }
-
-static inline int32_t pair(float first, float second) { return (int32_t)(nearest(second) << 16 | (nearest(first) & 0xffff)); }
 
 typedef struct {
     int64_t inputs, outputs;
@@ -117,7 +114,7 @@ static inline void transpose(Ints *rows) {
             next[2 * i] = interleave(rows[i], rows[i + WIDTH / 2], LOW);
             next[2 * i + 1] = interleave(rows[i], rows[i + WIDTH / 2], HIGH);
         }
-        memcpy(rows, next, sizeof next);
+        for (int i = 0; i < WIDTH; i++) rows[i] = next[i];
     }
 }
 
@@ -138,45 +135,44 @@ static inline float magnitude(float x) {
     return x;
 }
 
-/* scale * from[0..n - 1] to the nearest multiples of 1 / inverse. */
-static inline void pack_row(const float *from, float scale, const float *inverse, int64_t n, int32_t *to) {
-    Lanes row[VECTORS] = {0};
-    Ints k[VECTORS];
-    if (n == COLUMNS) memcpy(row, from, COLUMNS * sizeof(float));
-    else memcpy(row, from, n * sizeof(float));
-    for (int j = 0; j < VECTORS; j++) k[j] = (Ints)(scale * row[j] * ((const Lanes *)inverse)[j] + NEAREST) - NEAREST_BITS;
-    *(Ints *)to = (Ints)narrow((Sums)k[0], (Sums)k[1]);
+/* The sums of the absolute numbers of the columns, and the largest of them. */
+INLINE void magnitudes_of_columns(const Pack *w, const float *from, float scale, int64_t n, Lanes *sum, Lanes *largest) {
+    Ints most[VECTORS] = {0}; /* bits of numbers without sign are ordered as the numbers are, infinity and NaN last */
+    for (int j = 0; j < VECTORS; j++) sum[j] = (Lanes){0};
+    for (int64_t p = 0; p < w->inputs; p++) {
+        Lanes row[VECTORS];
+        read_row(from + p * w->outputs, n, COLUMNS, row);
+        for (int j = 0; j < VECTORS; j++) {
+            Ints bits = (Ints)(scale * row[j]) & 0x7fffffff, more = bits > most[j];
+            sum[j] += (Lanes)bits;
+            most[j] = (bits & more) | (most[j] & ~more);
+        }
+    }
+    memcpy(largest, most, sizeof most);
 }
+
+/* The nearest whole numbers. */
+static inline Ints levels_of(Lanes x) { return (Ints)(x + NEAREST) - NEAREST_BITS; }
 
 INLINE void pack_inputs(Pack *w, int64_t b, int64_t n) {
     const float *from = w->weight + b * COLUMNS;
     int64_t pairs = (w->inputs + 1) / 2;
     int32_t *to = w->packed + b * pairs * COLUMNS;
-    static const float nothing[COLUMNS];
-    float inverse[COLUMNS] = {0}, *unit = w->unit + b * COLUMNS, sum[COLUMNS] = {0}, scale = w->scale ? *w->scale : 1;
-    int32_t most[COLUMNS] = {0};
-    for (int64_t p = 0; p < w->inputs; p++)
-        for (int64_t j = 0; j < n; j++) {
-            float own = magnitude(scale * from[p * w->outputs + j]);
-            int32_t bits;
-            memcpy(&bits, &own, sizeof bits);
-            sum[j] += own;
-            most[j] = most[j] < bits ? bits : most[j];
-        }
-    for (int64_t j = 0; j < COLUMNS; j++) {
-        float largest;
-        memcpy(&largest, most + j, sizeof largest);
-        unit[j] = unit_of(sum[j], largest, w->inputs, inverse + j);
-    }
-    if (w->apart) {
-        for (int64_t p = 0; p < w->inputs; p++) pack_row(from + p * w->outputs, scale, inverse, n, to + p * WIDTH);
-        if (w->inputs % 2) memset(to + w->inputs * WIDTH, 0, WIDTH * sizeof *to);
-        return;
-    }
-    for (int64_t p = 0; p < pairs; p++, to += COLUMNS) {
-        const float *first = from + 2 * p * w->outputs, *second = 2 * p + 1 < w->inputs ? first + w->outputs : nothing;
-        for (int64_t j = 0; j < n; j++) to[j] = pair(first[j] * inverse[j], second[j] * inverse[j]);
-        for (int64_t j = n; j < COLUMNS; j++) to[j] = 0;
+    Lanes inverse[VECTORS] = {0}, sum[VECTORS], largest[VECTORS];
+    float *unit = w->unit + b * COLUMNS, scale = w->scale ? *w->scale : 1;
+    magnitudes_of_columns(w, from, scale, n, sum, largest);
+    for (int64_t j = 0; j < COLUMNS; j++)
+        unit[j] = unit_of(((float *)sum)[j], ((float *)largest)[j], w->inputs, (float *)inverse + j);
+    for (int64_t p = 0; p < w->inputs; p += 2) {
+        Lanes row[2][VECTORS] = {0};
+        Ints k[2][VECTORS];
+        read_row(from + p * w->outputs, n, COLUMNS, row[0]);
+        if (p + 1 < w->inputs) read_row(from + (p + 1) * w->outputs, n, COLUMNS, row[1]);
+        for (int i = 0; i < 2; i++)
+            for (int j = 0; j < VECTORS; j++) k[i][j] = levels_of(scale * row[i][j] * inverse[j]);
+        for (int i = 0; i < 2; i++, to += WIDTH)
+            if (w->apart) *(Ints *)to = (Ints)narrow((Sums)k[i][0], (Sums)k[i][1]);
+            else *(Ints *)to = k[1][i] << 16 | (k[0][i] & 0xffff);
     }
 }
 
@@ -205,7 +201,8 @@ static inline float magnitudes(int64_t n, const float *x, float *largest) {
     return total;
 }
 
-static inline Shorts levels_of(Lanes x) { return __builtin_convertvector((Ints)(x + NEAREST), Shorts); }
+/* Pairs of inputs come out of `narrow` in this order. */
+static inline int64_t pair_at(int64_t i) { return (i & 2 ? WIDTH / 2 : 0) + i / 4 * 2 + (i & 1); }
 
 static void pack_outputs(Pack *w, int64_t b, int64_t n) {
     int64_t pairs = (w->inputs + 1) / 2;
@@ -218,19 +215,20 @@ static void pack_outputs(Pack *w, int64_t b, int64_t n) {
         unit[j] = unit_of(sum, largest, w->inputs, inverse + j);
     }
     for (int64_t first = 0; first < pairs; first += WIDTH) {
-        int64_t some = pairs - first < WIDTH ? pairs - first : WIDTH, last = 2 * (first + some) <= w->inputs ? 2 * some : 2 * some - 1;
+        int64_t left = w->inputs - 2 * first;
         for (int64_t r = 0; r < COLUMNS; r += WIDTH) {
-            Shorts levels[WIDTH][2] = {0};
-            Ints square[WIDTH];
+            Ints square[WIDTH] = {0};
             for (int64_t j = r; j < r + WIDTH && j < n; j++) {
                 const float *row = from + j * w->inputs + 2 * first;
                 float part[2 * WIDTH] = {0};
-                if (last < 2 * WIDTH) row = memcpy(part, row, last * sizeof(float));
-                for (int half = 0; half < 2; half++) levels[j - r][half] = levels_of(((const Lanes *)row)[half] * inverse[j]);
+                Ints k[2];
+                if (left < 2 * WIDTH) row = memcpy(part, row, left * sizeof(float));
+                for (int i = 0; i < 2; i++) k[i] = levels_of(((const Lanes *)row)[i] * inverse[j]);
+                square[j - r] = (Ints)narrow((Sums)k[0], (Sums)k[1]);
             }
-            memcpy(square, levels, sizeof square);
             transpose(square);
-            for (int64_t p = 0; p < some; p++) *(Ints *)(to + (first + p) * COLUMNS + r) = square[p];
+            for (int64_t i = 0; i < WIDTH; i++)
+                if (2 * pair_at(i) < left) *(Ints *)(to + (first + pair_at(i)) * COLUMNS + r) = square[i];
         }
     }
 }

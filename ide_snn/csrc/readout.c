@@ -59,12 +59,11 @@ void combine(Combine *w) {
             for (int q = 0; q < GROUP; q++) factor[q] = w->factor + (r + q < w->rows ? r + q : w->rows - 1) * w->by_row;
             for (int64_t t = 0; t < w->terms; t++) {
                 const float *from = w->x + t * w->columns + c;
-                Lanes x = {0};
-                if (n == WIDTH) x = *(const Lanes *)from;
-                else memcpy(&x, from, n * sizeof(float));
+                Lanes x;
+                read_row(from, n, WIDTH, &x);
                 for (int q = 0; q < GROUP; q++) sum[q] += factor[q][t * w->by_term] * x;
             }
-            for (int q = 0; q < GROUP && r + q < w->rows; q++) memcpy(w->y + (r + q) * w->columns + c, sum + q, n * sizeof(float));
+            for (int q = 0; q < GROUP && r + q < w->rows; q++) write_row(sum + q, n, WIDTH, w->y + (r + q) * w->columns + c);
             if (c == 0 && w->sums)
                 for (int q = 0; q < GROUP && r + q < w->rows; q++) {
                     float total = 0;

@@ -27,6 +27,26 @@
 
 typedef float Lanes __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
+/* n of `size` numbers, and zeros behind them. All are read as vectors: processors wait when they read as one what was written in
+ * pieces, as by a copy. */
+static inline __attribute__((always_inline)) void read_row(const float *from, int64_t n, int64_t size, Lanes *row) {
+    if (n == size)
+        for (int64_t j = 0; j < size / WIDTH; j++) row[j] = ((const Lanes *)from)[j];
+    else {
+        memset(row, 0, size * sizeof(float));
+        memcpy(row, from, n * sizeof(float));
+    }
+}
+
+/* The first n of the numbers of a row. */
+static inline __attribute__((always_inline)) void write_row(const Lanes *row, int64_t n, int64_t size, float *to) {
+    for (int64_t j = 0; j < size; j += WIDTH) {
+        Lanes own = row[j / WIDTH]; /* whose address may be known: the row stays in registers */
+        if (n == size) *(Lanes *)(to + j) = own;
+        else if (n > j) memcpy(to + j, &own, (n - j < WIDTH ? n - j : WIDTH) * sizeof(float));
+    }
+}
+
 #define SPARE 7 /* entries that `compress` may write behind its last one */
 
 #if defined(__AVX2__)
