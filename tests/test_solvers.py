@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,24 @@ import scipy.sparse.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_systems import (
+    SHAPE,
+    TOL,
+    N,
+    System,
+    accelerated,
+    both_couplings,
+    every_dtype,
+    every_solver,
+    nonlinear,
+    per_sample,
+    solver,
+    system,
+    with_spectrum,
+)
 from torch import Tensor
 
 from ide_snn.solvers import (
-    SOLVERS,
     Anderson,
     Broyden,
     FixedPoint,
@@ -24,80 +38,8 @@ from ide_snn.solvers import (
     Gmres,
     LinearProblem,
     Outcome,
-    Solution,
     solve,
 )
-
-SHAPE = (3, 2, 3, 2)  # [B, C, H, W]: three samples of N = 12 unknowns
-N = 12
-TOL = {torch.float64: 1e-10, torch.float32: 1e-5}
-every_solver = pytest.mark.parametrize("name", list(SOLVERS))
-accelerated = pytest.mark.parametrize("name", ["anderson", "broyden", "gmres"])
-nonlinear = pytest.mark.parametrize("name", ["fixed_point", "anderson", "broyden"])
-every_dtype = pytest.mark.parametrize("dtype", list(TOL))
-both_couplings = pytest.mark.parametrize("coupled", [False, True])
-
-
-def solver(name: str, tol: float = 1e-10, max_steps: int = 400, **options: Any):
-    return SOLVERS[name](tol=tol, max_steps=max_steps, **options)
-
-
-@dataclass
-class System:
-    """v = b + A v with A [B, N, N] per sample, or [1, B N, B N] coupling them; counts its products."""
-
-    matrix: Tensor
-    rhs: Tensor
-    calls: int = 0
-    poison: tuple[int, float] | None = None  # from which product on what stands in sample 1
-
-    @property
-    def coupled(self) -> bool:
-        return self.matrix.shape[0] == 1 and self.rhs.shape[0] != 1
-
-    def product(self, v: Tensor) -> Tensor:
-        assert v.shape == self.rhs.shape
-        self.calls += 1
-        rows = v.reshape(self.matrix.shape[0], -1, 1)
-        product = (self.matrix @ rows).reshape(v.shape)
-        if self.poison is not None and self.calls >= self.poison[0]:
-            product[1, 0, 0, 0] = self.poison[1]
-        return product
-
-    def solve(self, settings: Any, y0: Tensor | None = None, *, trace: bool = False) -> Solution:
-        self.calls = 0
-        return solve(LinearProblem(self.product, self.rhs, self.coupled), settings, y0, trace=trace)
-
-    def exact(self) -> Tensor:
-        """numpy's dense solve."""
-        a = self.matrix.double().numpy()
-        b = self.rhs.double().reshape(a.shape[0], -1, 1).numpy()
-        return torch.from_numpy(np.linalg.solve(np.eye(a.shape[1]) - a, b)).reshape(self.rhs.shape)
-
-    def residual(self, v: Tensor) -> Tensor:
-        """||b - (I - A) v|| / ||b|| per group, in float64."""
-        a = self.matrix.double()
-        b, v = (x.double().reshape(a.shape[0], -1) for x in (self.rhs, v))
-        return (b + (a @ v[..., None])[..., 0] - v).norm(dim=1) / b.norm(dim=1)
-
-
-def system(norms: list[float], dtype: torch.dtype = torch.float64, *, coupled: bool = False) -> System:
-    """Random matrices with the given 2-norms, one per sample; coupled: one matrix with the largest of them."""
-    groups, size = (1, 3 * N) if coupled else (3, N)
-    matrix = torch.randn(groups, size, size, dtype=torch.float64)
-    scale = torch.tensor([max(norms)] if coupled else norms, dtype=torch.float64)
-    matrix *= (scale / torch.linalg.matrix_norm(matrix, 2))[:, None, None]
-    return System(matrix.to(dtype), torch.randn(SHAPE, dtype=dtype))
-
-
-def with_spectrum(eigenvalues: Tensor) -> System:
-    """Symmetric matrices with these eigenvalues."""
-    q = torch.linalg.qr(torch.randn(3, N, N, dtype=torch.float64)).Q
-    return System(q @ torch.diag(eigenvalues) @ q.mT, torch.randn(SHAPE, dtype=torch.float64))
-
-
-def per_sample(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1)
 
 
 @every_solver
@@ -291,74 +233,6 @@ def test_little_memory_suffices(name: str, memory: str) -> None:
     solution = problem.solve(solver(name, **{memory: 2}))
     assert solution.outcome is Outcome.converged
     torch.testing.assert_close(solution.value, problem.exact(), rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("budget", [1, 4, 7])
-@pytest.mark.parametrize("name", [*SOLVERS, "gmres restarted"])
-def test_max_steps_is_kept(name: str, budget: int) -> None:
-    problem = system([0.9, 0.95, 0.95])
-    options = {"restart": 3} if name.endswith("restarted") else {}
-    solution = problem.solve(solver(name.split()[0], 1e-14, budget, **options), trace=True)
-    assert solution.outcome is Outcome.max_steps
-    assert solution.stats.steps == budget
-    trace = solution.stats.trace
-    assert trace is not None
-    evaluations = 1 + (budget if "gmres" not in name else math.ceil(budget / 3) if options else 1)
-    assert len(trace) == evaluations
-    starts_from_zero = "gmres" in name
-    assert trace[0] == pytest.approx(1.0 if starts_from_zero else float(problem.residual(problem.rhs).max()))
-    assert problem.calls == solution.stats.products == budget + (evaluations - 1 if starts_from_zero else 1)
-    torch.testing.assert_close(problem.residual(solution.value), solution.stats.residual)
-    assert "raise max_steps" in solution.message
-
-
-def test_divergence_returns_the_best_iterate_and_leaves_others_alone() -> None:
-    problem = with_spectrum(torch.linspace(-1.5, 0.5, N, dtype=torch.float64))
-    assert problem.solve(FixedPoint(1e-8, max_steps=9)).outcome is Outcome.diverged  # worse than at the start
-    problem.matrix[1] /= 3  # this sample is a contraction
-    for scale in (1.0, 1e8):  # slowly, or beyond all floats before sample 1 is solved
-        problem.matrix[0] *= scale
-        solution = problem.solve(FixedPoint(1e-8, max_steps=100), trace=True)
-        assert solution.outcome is Outcome.diverged
-        residual = problem.residual(solution.value)
-        torch.testing.assert_close(solution.stats.residual, residual, rtol=1e-6, atol=1e-9)
-        assert float(residual[1]) <= 1e-8
-        assert bool((residual <= problem.residual(problem.rhs) * (1 + 1e-12)).all())
-        assert "damping" in solution.message
-
-
-@every_solver
-@every_dtype
-@pytest.mark.parametrize("start", [1, 3])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nonfinite_products(name: str, dtype: torch.dtype, start: int, value: float) -> None:
-    """The best finite iterate of that sample comes back; the other samples are solved all the same."""
-    problem = system([0.5, 0.8, 0.8], dtype)
-    problem.poison = start, value
-    solution = problem.solve(solver(name, TOL[dtype]))
-    assert solution.outcome is Outcome.nonfinite
-    assert bool(solution.value.isfinite().all())
-    residual = problem.residual(solution.value)
-    assert float(residual[[0, 2]].max()) <= 1.2 * TOL[dtype]
-    assert float(residual[1]) <= float(problem.residual(problem.rhs)[1]) * 1.001
-    if start == 3 and name != "gmres":
-        assert float(residual[1]) < float(problem.residual(problem.rhs)[1]) * 0.9
-    assert solution.stats.products == problem.calls
-
-
-@every_solver
-@both_couplings
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("warm", [False, True])
-def test_nan_in_the_right_hand_side_comes_back(name: str, coupled: bool, value: float, warm: bool) -> None:
-    """The original replaced it by 0 in silence."""
-    problem = system([0.5, 0.8, 0.8], coupled=coupled)
-    problem.rhs[1, 0, 0, 0] = value
-    solution = problem.solve(solver(name), torch.zeros(SHAPE, dtype=torch.float64) if warm else None)
-    assert solution.outcome is Outcome.nonfinite
-    assert not bool(solution.value[1].isfinite().all())
-    if not coupled:
-        assert float(problem.residual(solution.value)[[0, 2]].max()) <= 1e-10
 
 
 @nonlinear
