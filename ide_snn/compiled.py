@@ -122,6 +122,8 @@ class CompiledSteps:
             if readout is not None and not _suits(readout, block):
                 return None  # the block alone may be compiled
             plan = self._make(block, x, readout)
+            if not _are_leaves(block.parameters()):
+                return None  # nothing is kept: it would keep their graphs
             said = block.say_once.latest, self.say_once.latest
             kept = self._plans[key] = _Kept(plan, _Watch(block, readout), *said)
             if len(self._plans) > MOST_PLANS:
@@ -161,7 +163,13 @@ def _suits(readout: nn.Linear, block: Block) -> bool:
     operator = block.feedback.operator
     if operator is None or operator.kind != "linear":
         return False
-    return suits(readout, operator.out_channels) and any(p.requires_grad for p in block.parameters())
+    is_trained = any(p.requires_grad for p in block.parameters())
+    return suits(readout, operator.out_channels) and is_trained and _are_leaves(readout.parameters())
+
+
+def _are_leaves(parameters: Iterable[Tensor]) -> bool:
+    """False where one is computed from others, as `torch.func.functional_call` may be given them."""
+    return all(parameter.is_leaf for parameter in parameters)
 
 
 def _path_or_reason(block: Block, x: Tensor) -> str:
@@ -222,6 +230,8 @@ def _path_or_reason_of_kernels(block: Block, x: Tensor) -> str:
     tensors = (x, *block.parameters(), *(t for t in block.buffers() if t.is_floating_point()))
     if not all(map(is_plain, tensors)):
         return "it is for contiguous float32 on a CPU"
+    if not _are_leaves(block.parameters()):
+        return "a parameter is computed from others"
     if not all(owns(part, *names) for part, names in _used(block)):
         return "a weight, bias or vector is neither a parameter nor a buffer"  # whose replacement would go unseen
     shape = block.input.output_shape(tuple(x.shape[1:]))

@@ -52,6 +52,8 @@ from ide_snn.simulation import Path
 from ide_snn.solvers import Gmres, LinearProblem, Solution, solve
 from ide_snn.solvers.vectors import PreparedGmres
 
+MOST_FREE = 2  # sets of buffers that are kept for the next step, however many forwards there were at a time
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -83,7 +85,7 @@ class Parts:
 
 
 class Plan:
-    """The step for one size of batch, with as many buffers as there are forwards without a backward at a time."""
+    """The step for one size of batch, with buffers for every forward whose graph is alive."""
 
     def __init__(self, parts: Parts, batch: int) -> None:
         self.parts, self.batch = parts, batch
@@ -110,7 +112,8 @@ class _Lease:
         self.plan, self.slot = plan, slot
 
     def __del__(self) -> None:
-        self.plan.free.append(self.slot)
+        if len(self.plan.free) < MOST_FREE:
+            self.plan.free.append(self.slot)
 
 
 @dataclass
@@ -315,8 +318,15 @@ class _Step(torch.autograd.Function):
         return lease.slot.forward(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.lease.slot.readout is not None:
+            _require_a_first_derivative(cotangent)
+        gradients: tuple[Tensor | None, ...] = _Step.pull(ctx, cotangent)
+        return gradients
+
+    @staticmethod
+    @once_differentiable
+    def pull(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         x, *_ = ctx.saved_tensors
         slot, needed = ctx.lease.slot, ctx.needs_input_grad[2:]
         cotangent = cotangent.contiguous()  # the readout's kernels have its address
@@ -325,3 +335,17 @@ class _Step(torch.autograd.Function):
         report(solution, slot.parts.solver, ctx.hooks)
         gradients = [*slot.backward(solution.value, x, needed), *of_readout]
         return None, None, *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
+
+
+def _require_a_first_derivative(cotangent: Tensor) -> None:
+    """The layer behind the block could do more by itself, so that it must be said: torch takes such gradients for 0."""
+    what = "twice (create_graph=True)" if torch.is_grad_enabled() else None
+    try:
+        cotangent.data_ptr()
+    except RuntimeError:
+        what = "for many cotangents at a time (is_grads_batched=True, vmap)"
+    if what is not None:
+        raise RuntimeError(
+            f"a training step that is compiled with the layer behind the block cannot be differentiated {what}: "
+            "set compile=False (block.compile_ = False)"
+        )

@@ -205,8 +205,11 @@ def test_few_plans_are_kept() -> None:
     for samples in range(2, 12):
         step(net, images(samples))
     assert len(net._compiled._plans) == 4
-    plan, *_ = next(iter(net._compiled._plans.values()))
+    plan, *_ = list(net._compiled._plans.values())[-1]
     assert len(plan.free) == 1  # buffers come back, and there are no more than were needed at a time
+    graphs = [net(images(11)) for _ in range(5)]
+    del graphs
+    assert len(plan.free) == 2  # nor any more for ever
 
 
 def test_evaluation_and_no_grad_are_not_compiled() -> None:

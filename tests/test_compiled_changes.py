@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,24 @@ def test_a_parametrized_bias_of_the_feedback() -> None:
     for (expected, gradients), (rates, compiled) in zip(*found, strict=True):
         torch.testing.assert_close(rates, expected, rtol=0, atol=1e-6)
         assert_close(compiled, gradients)
+
+
+def test_the_graphs_of_weights_that_are_given_are_not_kept() -> None:
+    """As `functional_call` gives them, in meta-learning or for a mean of weights: they are not leaves."""
+    net, x, found = block(), images(), []
+    step(net, x)
+    for compile in (True, False):
+        net.compile_ = compile
+        source = net.get_parameter("input.op.weight").detach().clone().requires_grad_()
+        given = {"input.op.weight": 2 * source}
+        graph = weakref.ref(given["input.op.weight"])
+        generator = {"generator": torch.Generator().manual_seed(1)}
+        torch.func.functional_call(net, given, (x,), generator).square().sum().backward()
+        found.append(source.grad)
+        del given
+        assert graph() is None
+    assert torch.equal(*found)
+    assert net.path.startswith("precision=exact")
 
 
 def test_alpha_at_its_bound_has_its_gradient() -> None:

@@ -202,3 +202,34 @@ def test_a_feedback_of_ones_own_has_no_weight_to_look_at() -> None:
     net = FeedbackClassifier(block, (4,), 3)
     net(torch.randn(5, 4)).sum().backward()
     assert not any(plan for plan in block._compiled._plans.values() if not isinstance(plan[0], str))
+
+
+def test_what_the_classifier_alone_could_do_is_an_error_and_not_0() -> None:
+    """Second derivatives would be 0 where torch takes what it does not find for that, as `hessian` does."""
+    net = network()
+    x = torch.randn(12, 1, 6, 6)
+    for refused in ({"create_graph": True}, {"is_grads_batched": True}):
+        logits, bias = net(x), net.classifier.bias
+        cotangent = torch.ones(3, *logits.shape) if "is_grads_batched" in refused else torch.ones_like(logits)
+        with pytest.raises(RuntimeError, match=r"is compiled with the layer behind the block.* set compile=False"):
+            torch.autograd.grad(logits, bias, cotangent, **refused)
+    net.block.compile_ = False
+    torch.autograd.grad(net(x).sum(), net.classifier.bias, create_graph=True)
+
+
+def test_second_derivatives_in_a_classifier_that_is_given_are_those_of_its_own() -> None:
+    x, found = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(7)), []
+    for compile in (True, False):
+        net = network(compile)
+
+        def loss(bias: Tensor, net: SNNIDEFCNet = net) -> Tensor:
+            given = {"generator": torch.Generator().manual_seed(8)}
+            logits = torch.func.functional_call(net, {"classifier.bias": bias}, (x,), given)
+            return F.cross_entropy(logits, torch.arange(12) % 10)
+
+        bias = net.classifier.bias
+        assert bias is not None  # it has one
+        found.append(torch.autograd.functional.hessian(loss, bias.detach()))
+        assert ("is compiled" in net.block.path) is compile
+    assert float(found[1].abs().max()) > 1e-3
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
