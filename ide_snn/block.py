@@ -54,10 +54,9 @@ class FeedbackSNN(nn.Module):
             forward, and NaN shows in the rates: of its sample, or with batch norm in training of the batch, whose
             running statistics it spoils.
         precision: how the simulation and the products of J are computed, see `ide_snn.precision`.
-        compile: prepare the training step once and then run it by a few calls, where that can be done
-            (`ide_snn.compiled`); on a GPU the time steps of the simulation (`ide_snn.graphed_simulation`). The log says
-            whether it is. None: on a CPU alone, and without a warning where it cannot be done. The attribute is
-            `compile_`, since `compile` is a method of every `nn.Module`.
+        compile: prepare the training step once and run it by a few calls, where that can be done (`ide_snn.compiled`);
+            on a GPU the time steps (`ide_snn.graphed_simulation`). None: on a CPU alone, with exact or fast, without
+            a warning where it cannot be done. The attribute is `compile_`: modules have a method `compile`.
 
     Settings are attributes of the same names, which may be set between forwards.
 
@@ -148,7 +147,8 @@ class FeedbackSNN(nn.Module):
         return None if own or hooks or not self._may_be_compiled(x) else self._compiled(self, x, generator, linear)
 
     def _may_be_compiled(self, x: Tensor) -> bool:
-        wanted = self.precision != "float32" if self.compile_ is None else self.compile_
+        unasked = self.precision != "float32" and type(self) is FeedbackSNN  # others may have methods of their own
+        wanted = unasked if self.compile_ is None else self.compile_
         return wanted and self.training and torch.is_grad_enabled() and not x.is_cuda
 
     def _tell(self, rates: Rates) -> None:
@@ -255,9 +255,9 @@ class FeedbackSNN(nn.Module):
     @property
     def path(self) -> str:
         """How the latest forwards were computed, in the words of the log: the simulation, and what `compile` does."""
-        of_compile = (self._compiled.say_once, self._graphed.say_once) if self.compile_ is not False else ()
-        said = (say.latest for say in (self.say_once, *of_compile))
-        return "; ".join(filter(None, said)) or "no forward yet"
+        steps = [self._compiled.say_once] if self.compile_ is not False else []
+        graphs = [self._graphed.say_once] if self.compile_ else []
+        return "; ".join(filter(None, (say.latest for say in (self.say_once, *steps, *graphs)))) or "no forward yet"
 
     def extra_repr(self) -> str:
         return f"{self.neuron}, time_steps={self.time_steps}, {self.solver}, {self.gradient}"

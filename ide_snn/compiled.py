@@ -1,4 +1,4 @@
-"""Which training steps are prepared once and then run by a few calls (`compile=true`), see `ide_snn.prepared_step`.
+"""Which training steps are prepared once and then run by a few calls (`compile`), see `ide_snn.prepared_step`.
 
 A plan is made for a block, a size of batch and everything else that it depends on; before every step this is compared.
 """
@@ -6,6 +6,7 @@ A plan is made for a block, a size of batch and everything else that it depends 
 from __future__ import annotations
 
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
@@ -34,11 +35,15 @@ from ide_snn.torch_modules import GLOBAL_HOOKS, HOOKS, owns
 log = logging.getLogger(__name__)
 
 MOST_PLANS = 4  # sizes of batches and other settings whose buffers are kept
+# With compile=None plans are made so many times, and once in so many steps: that takes longer than a plan saves in one
+AT_FIRST, PER_PLAN = 8, 8
 
 
-# of connections, dropout, batch norm and constraints, as long as they are those that are known; "forward" is where
+METHODS = ("forward", "prepare", "draw", "place")  # of connections and dropout, which a plan does not call
+
+# of connections, dropout, batch norm and constraints, as long as they are those that are known; methods are where
 # somebody has put a function of his own in its place
-SETTINGS = ("training", "pool", "p", "eps", "momentum", "track_running_stats", "bound", "forward")
+SETTINGS = ("training", "pool", "p", "eps", "momentum", "track_running_stats", "bound", *METHODS)
 
 
 class Block(Protocol):
@@ -93,6 +98,7 @@ class CompiledSteps:
     def __init__(self) -> None:
         self._plans: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
         self._latest: tuple[tuple[Any, ...], _Kept] | None = None  # is found without hashing
+        self._steps = self._made = 0
         self.say_once = SayOnce(log)
 
     def __call__(
@@ -117,18 +123,30 @@ class CompiledSteps:
             ),
         )
         latest = self._latest
-        kept = latest[1] if latest is not None and latest[0] == key else self._plans.get(key)
+        try:
+            kept = latest[1] if latest is not None and latest[0] == key else self._plans.get(key)
+        except TypeError:  # a subclass with an __eq__ of its own
+            self._say_no(block, "a setting is of your own kind and cannot be hashed")
+            return None
+        self._steps += 1
         if kept is None or not kept.watch.is_as_it_was():
             if readout is not None and not _suits(readout, block):
                 return None  # the block alone may be compiled
+            if block.compile_ is None and self._made >= AT_FIRST + self._steps // PER_PLAN:
+                self._made = sys.maxsize  # for good: this log would be full of it
+                self._say_no(block, "it would have to be prepared anew too often, which compile=True does")
+                return None
             plan = self._make(block, x, readout)
             if not _are_leaves(block.parameters()):
                 return None  # nothing is kept: it would keep their graphs
             said = block.say_once.latest, self.say_once.latest
             kept = self._plans[key] = _Kept(plan, _Watch(block, readout), *said)
+            self._made += 1
+        if latest is None or kept is not latest[1]:
+            self._latest = key, kept
+            self._plans.move_to_end(key)
             if len(self._plans) > MOST_PLANS:
                 self._plans.popitem(last=False)
-        self._latest = key, kept
         plan, self.say_once.latest = kept.plan, kept.said
         if isinstance(plan, str):
             return None
@@ -148,11 +166,14 @@ class CompiledSteps:
                 connection.require_sizes(cast(Operator, connection.operator), weight, bias)
             self.say_once("the training step is compiled")
             return Plan(_parts(block, cast(Path, found), readout), len(x))
-        if block.compile_:
-            self.say_once(f"compile=True: no effect ({found})", warn=True)
-        else:
-            self.say_once(f"the training step is not compiled ({found})")
+        self._say_no(block, found)
         return found
+
+    def _say_no(self, block: Block, reason: str) -> None:
+        if block.compile_:
+            self.say_once(f"compile=True: no effect ({reason})", warn=True)
+        else:
+            self.say_once(f"the training step is not compiled ({reason})")
 
     def __reduce__(self) -> tuple[type[CompiledSteps], tuple[()]]:
         return CompiledSteps, ()
@@ -189,8 +210,12 @@ def _path_or_reason(block: Block, x: Tensor) -> str:
         return "the feedback has batch norm"
     if parametrize.is_parametrized(stage.op):
         return "the input stage has a parametrized weight"
+    if any(type(connection) is not Connection for connection in (stage, feedback)):
+        return "a connection is one of your own"
     if any(type(connection.dropout) is not VariationalDropout for connection in (stage, feedback)):
         return "dropout is one of your own"
+    if any(name in vars(part) for one in (stage, feedback) for part in (one, one.dropout) for name in METHODS[1:]):
+        return "a connection or dropout has a method of your own"
     if not all(module.training for module in block.modules()):
         return "a part is in evaluation mode"
     return (
@@ -270,7 +295,7 @@ class _Watch:
             self._look_at({"readout": readout}, ("readout",))
         self._tensors = [what for _, _, what in self._owners if isinstance(what, Tensor)]
         states = [module.__dict__ for module in self._modules]
-        self._settings = [(own, name) for own in states for name in SETTINGS if name in own or name == "forward"]
+        self._settings = [(own, name) for own in states for name in SETTINGS if name in own or name in METHODS]
         self._counted = [(own, name) for own in states for name in (*HOOKS, "_modules", "_parameters", "_buffers")]
         self._state, self._addresses = self._now(), self._addresses_now()
 

@@ -172,7 +172,9 @@ class _InputStage(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, gamma, gain, y, mean, scale = ctx.saved_tensors
+        # kernels have their addresses, and hooks on saved tensors may give them another layout
+        saved: list[Any] = [None if t is None else t.contiguous() for t in ctx.saved_tensors]
+        x, weight, bias, gamma, gain, y, mean, scale = saved
         to_y, turned, e = torch.empty_like(y), y.new_empty(y.shape[1], len(y)), e.contiguous()
         to_bias, to_gamma, to_beta = (None if t is None else torch.empty_like(t) for t in (bias, gamma, gamma))
         back = backward_stage(Behind(y, bias, gain, None, gamma, None, mean, scale), to_y, turned)

@@ -1,4 +1,4 @@
-"""The training step of a fully connected block as a few calls of kernels that are prepared once (`compile=True`).
+"""The training step of a fully connected block as a few calls of kernels that are prepared once (`compile`).
 
 A step of a small network spends much of its time between kernels: in Python, in autograd, in waking threads. For blocks
 of one fully connected population, whose derivative is known by hand, everything is laid out when a batch of that size
@@ -24,6 +24,7 @@ Float32 on a CPU. Source: Xiao et al., NeurIPS 2021, sections 4.2 to 4.4.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +34,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ide_snn import event_driven, input_stage, integers, spectral
+from ide_snn import event_driven, input_stage, integers, native, spectral
 from ide_snn.chain import of_rates
 from ide_snn.dense import DenseMap
 from ide_snn.dropout import VariationalDropout
@@ -131,9 +132,10 @@ class _Slot:
     """Buffers of one step, and the works of its kernels, which hold their addresses. All vectors are [B, N]."""
 
     def __init__(self, parts: Parts, batch: int) -> None:
-        self.parts = parts
-        # their memory stays while kernels have its address, whatever becomes of the parameters
+        self.parts, self.lock = parts, threading.RLock()  # two threads may go back through one graph
+        # their memory stays while kernels have its address, unless the storage itself is resized
         self.values = tuple(None if p is None else p.detach() for p in parts.parameters)
+        self._addresses = [native.pointer(value) for value in self.values]
         w_in, _, _, _, raw, _, b, w_out, b_out = self.values
         assert w_in is not None  # the two weights are always there
         assert raw is not None
@@ -267,6 +269,14 @@ class _Slot:
         self.readout.pull(cotangent, cast(Tensor, to_readout[0]), to_readout[1])
         return self.readout.to_rates, to_readout
 
+    def require_memory(self) -> None:
+        """Raises RuntimeError where the memory of a parameter was freed or moved, whose address kernels have."""
+        if [native.pointer(value) for value in self.values] != self._addresses:
+            raise RuntimeError(
+                "the storage of a parameter was resized between forward and backward, which a compiled training step "
+                "cannot follow: set compile=False (block.compile_ = False)"
+            )
+
     def solve(self, g: Tensor) -> Solution:
         """v with (I - J^T) v = g for the g of `to_rates`."""
         self.gmres.take(g)
@@ -329,11 +339,14 @@ class _Step(torch.autograd.Function):
     def pull(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         x, *_ = ctx.saved_tensors
         slot, needed = ctx.lease.slot, ctx.needs_input_grad[2:]
-        cotangent = cotangent.contiguous()  # the readout's kernels have its address
-        g, of_readout = slot.to_rates(cotangent)
-        solution = slot.solve(g)
-        report(solution, slot.parts.solver, ctx.hooks)
-        gradients = [*slot.backward(solution.value, x, needed), *of_readout]
+        # kernels have their addresses, and hooks on saved tensors may give them another layout
+        x, cotangent = None if x is None else x.contiguous(), cotangent.contiguous()
+        with slot.lock:
+            slot.require_memory()
+            g, of_readout = slot.to_rates(cotangent)
+            solution = slot.solve(g)
+            report(solution, slot.parts.solver, ctx.hooks)
+            gradients = [*slot.backward(solution.value, x, needed), *of_readout]
         return None, None, *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
 
 
