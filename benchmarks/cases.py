@@ -61,7 +61,7 @@ class Variant:
 
     @classmethod
     def all_of(cls, precisions: Sequence[str], more: Sequence[str]) -> list[Variant]:
-        """One per precision, then one per text of overrides such as "precision=fast compile=true"."""
+        """One per precision, then one per text of overrides such as "precision=fast compile=false"."""
         found = [cls(p, (f"precision={p}",)) for p in precisions]
         found += [cls(text, tuple(text.split())) for text in more]
         return found or [cls("as configured")]

@@ -272,7 +272,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("cases", nargs="*", default=["f400"], metavar="CASE", help=f"of {', '.join(CASES)}; default f400")
     add("--precision", nargs="+", default=[], metavar="P", help="variants precision=P; default: as configured")
-    add("--variant", nargs="+", default=[], metavar="OVERRIDES", help='more variants: "precision=fast compile=true"')
+    add("--variant", nargs="+", default=[], metavar="OVERRIDES", help='more variants: "precision=fast compile=false"')
     add("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="for all variants: dataset=cifar10_jpeg …")
     add("--data-dir", help="without it images are random")
     add("--original", metavar="CLONE", help="a clone of github.com/pkuxmq/IDE-FSNN")

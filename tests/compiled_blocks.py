@@ -1,4 +1,4 @@
-"""Small fully connected blocks with compile=True, and what the tests of it compare."""
+"""Small fully connected blocks that are compiled, and what the tests of it compare."""
 
 from __future__ import annotations
 
