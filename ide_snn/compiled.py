@@ -140,11 +140,12 @@ class CompiledSteps:
             if not _are_leaves(block.parameters()):
                 return None  # nothing is kept: it would keep their graphs
             said = block.say_once.latest, self.say_once.latest
-            kept = self._plans[key] = _Kept(plan, _Watch(block, readout), *said)
+            kept = _Kept(plan, _Watch(block, readout), *said)
             self._made += 1
         if latest is None or kept is not latest[1]:
             self._latest = key, kept
-            self._plans.move_to_end(key)
+            self._plans.pop(key, None)  # to the end; another thread may have been faster
+            self._plans[key] = kept
             if len(self._plans) > MOST_PLANS:
                 self._plans.popitem(last=False)
         plan, self.say_once.latest = kept.plan, kept.said
