@@ -147,8 +147,8 @@ class FeedbackSNN(nn.Module):
         return None if own or hooks or not self._may_be_compiled(x) else self._compiled(self, x, generator, linear)
 
     def _may_be_compiled(self, x: Tensor) -> bool:
-        unasked = self.precision != "float32" and type(self) is FeedbackSNN  # others may have methods of their own
-        wanted = unasked if self.compile_ is None else self.compile_
+        is_usual = type(self) is FeedbackSNN and "check" not in self.__dict__  # others may have methods of their own
+        wanted = is_usual and self.precision != "float32" if self.compile_ is None else self.compile_
         return wanted and self.training and torch.is_grad_enabled() and not x.is_cuda
 
     def _tell(self, rates: Rates) -> None:

@@ -6,7 +6,6 @@ A plan is made for a block, a size of batch and everything else that it depends 
 from __future__ import annotations
 
 import logging
-import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
@@ -35,8 +34,9 @@ from ide_snn.torch_modules import GLOBAL_HOOKS, HOOKS, owns
 log = logging.getLogger(__name__)
 
 MOST_PLANS = 4  # sizes of batches and other settings whose buffers are kept
-# With compile=None plans are made so many times, and once in so many steps: that takes longer than a plan saves in one
-AT_FIRST, PER_PLAN = 8, 8
+# With compile=None: when so many plans were made without one being used again, the next so many forwards go without
+IN_VAIN, PAUSE = 8, 32
+TOO_OFTEN = "settings or sizes change in every step: compile=True prepares it anew each time"
 
 
 METHODS = ("forward", "prepare", "draw", "place")  # of connections and dropout, which a plan does not call
@@ -98,7 +98,8 @@ class CompiledSteps:
     def __init__(self) -> None:
         self._plans: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
         self._latest: tuple[tuple[Any, ...], _Kept] | None = None  # is found without hashing
-        self._steps = self._made = 0
+        self._in_vain = self._pause = 0
+        self._has_said_too_often = False
         self.say_once = SayOnce(log)
 
     def __call__(
@@ -128,20 +129,19 @@ class CompiledSteps:
         except TypeError:  # a subclass with an __eq__ of its own
             self._say_no(block, "a setting is of your own kind and cannot be hashed")
             return None
-        self._steps += 1
         if kept is None or not kept.watch.is_as_it_was():
             if readout is not None and not _suits(readout, block):
                 return None  # the block alone may be compiled
-            if block.compile_ is None and self._made >= AT_FIRST + self._steps // PER_PLAN:
-                self._made = sys.maxsize  # for good: this log would be full of it
-                self._say_no(block, "it would have to be prepared anew too often, which compile=True does")
+            if block.compile_ is None and self._is_in_vain():
                 return None
             plan = self._make(block, x, readout)
             if not _are_leaves(block.parameters()):
                 return None  # nothing is kept: it would keep their graphs
             said = block.say_once.latest, self.say_once.latest
             kept = _Kept(plan, _Watch(block, readout), *said)
-            self._made += 1
+            self._in_vain += not isinstance(plan, str)
+        elif not isinstance(kept.plan, str):
+            self._in_vain = 0
         if latest is None or kept is not latest[1]:
             self._latest = key, kept
             self._plans.pop(key, None)  # to the end; another thread may have been faster
@@ -155,6 +155,20 @@ class CompiledSteps:
         if block.check_input is not False:
             require_finite(x)
         return plan.step(x, generator, tuple(block._solve_hooks.values()))
+
+    def _is_in_vain(self) -> bool:
+        """True where a plan would hardly be used again: for a while after many were not."""
+        if self._in_vain >= IN_VAIN:
+            self._in_vain, self._pause = 0, PAUSE
+        if not self._pause:
+            return False
+        self._pause -= 1
+        said = f"the training step is not compiled ({TOO_OFTEN})"
+        if not self._has_said_too_often:  # the log would be full of it
+            self._has_said_too_often = True
+            self.say_once(said)
+        self.say_once.latest = said
+        return True
 
     def _make(self, block: Block, x: Tensor, readout: nn.Linear | None) -> Plan | str:
         """The plan, or why there is none."""
@@ -232,7 +246,7 @@ def _why_not_constraint(op: nn.Module) -> str | None:
     if constraint is None:
         return "the feedback has a parametrization of its own" if parametrize.is_parametrized(op) else None
     kinds = cast(nn.ModuleDict, op.parametrizations)
-    if type(constraint) not in (SpectralMatrix, SpectralMatrixFirstDim):
+    if type(constraint) not in (SpectralMatrix, SpectralMatrixFirstDim) or "forward" in vars(constraint):
         return "of constraints, it knows spectral_matrix"
     if list(kinds) != ["weight"] or len(cast(nn.ModuleList, kinds["weight"])) != 1:
         return "the feedback has a parametrization of its own"

@@ -329,10 +329,14 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.lease.slot.readout is not None:
-            _require_a_first_derivative(cotangent)
+        slot = ctx.lease.slot
+        if slot.readout is not None:
+            _require_one(cotangent)
         gradients: tuple[Tensor | None, ...] = _Step.pull(ctx, cotangent)
-        return gradients
+        if slot.readout is None or not torch.is_grad_enabled():  # that is create_graph
+            return gradients
+        trained = [p for p in slot.parts.parameters if p is not None and p.requires_grad]
+        return tuple(None if g is None else _OnlyOnce.apply(g, *trained) for g in gradients)
 
     @staticmethod
     @once_differentiable
@@ -350,15 +354,27 @@ class _Step(torch.autograd.Function):
         return None, None, *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
 
 
-def _require_a_first_derivative(cotangent: Tensor) -> None:
-    """The layer behind the block could do more by itself, so that it must be said: torch takes such gradients for 0."""
-    what = "twice (create_graph=True)" if torch.is_grad_enabled() else None
+class _OnlyOnce(torch.autograd.Function):
+    """A gradient that cannot be differentiated, which is said: torch would take its derivatives for 0."""
+
+    @staticmethod
+    def forward(_ctx: Any, gradient: Tensor, *_parameters: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(_ctx: Any, _cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(REFUSED.format("twice (create_graph=True)"))
+
+
+REFUSED = (
+    "a training step that is compiled with the layer behind the block cannot be differentiated {}: set compile=False "
+    "(block.compile_ = False)"
+)
+
+
+def _require_one(cotangent: Tensor) -> None:
     try:
         cotangent.data_ptr()
-    except RuntimeError:
-        what = "for many cotangents at a time (is_grads_batched=True, vmap)"
-    if what is not None:
-        raise RuntimeError(
-            f"a training step that is compiled with the layer behind the block cannot be differentiated {what}: "
-            "set compile=False (block.compile_ = False)"
-        )
+    except RuntimeError as error:
+        many = "for many cotangents at a time (is_grads_batched=True, vmap)"
+        raise RuntimeError(REFUSED.format(many)) from error

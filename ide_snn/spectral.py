@@ -149,7 +149,8 @@ class OfUnitNorm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight, alpha, u, v, s, scale = ctx.saved_tensors
         if ctx.native and all(ctx.needs_input_grad[:2]):
-            matrix = ctx.norm.matrix(weight).contiguous()  # hooks on saved tensors may give it another layout
+            # hooks on saved tensors may give them another layout
+            matrix, u, v = ctx.norm.matrix(weight).contiguous(), u.contiguous(), v.contiguous()
             result, p = pull(g.contiguous(), matrix, u, v, float(s), float(scale))
             inside = abs(alpha.item()) <= float(np.float32(ctx.norm.bound))
             return result.view(weight.shape), torch.full_like(alpha, p * inside), None  # NaN stays

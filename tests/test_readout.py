@@ -208,13 +208,22 @@ def test_what_the_classifier_alone_could_do_is_an_error_and_not_0() -> None:
     """Second derivatives would be 0 where torch takes what it does not find for that, as `hessian` does."""
     net = network()
     x = torch.randn(12, 1, 6, 6)
-    for refused in ({"create_graph": True}, {"is_grads_batched": True}):
-        logits, bias = net(x), net.classifier.bias
-        cotangent = torch.ones(3, *logits.shape) if "is_grads_batched" in refused else torch.ones_like(logits)
-        with pytest.raises(RuntimeError, match=r"is compiled with the layer behind the block.* set compile=False"):
-            torch.autograd.grad(logits, bias, cotangent, **refused)
+    bias = net.classifier.bias
+    assert bias is not None  # it has one
+
+    def refused(times: str) -> Any:
+        return pytest.raises(RuntimeError, match=rf"cannot be differentiated {times}.* set compile=False")
+
+    logits = net(x)
+    with refused("for many"):
+        torch.autograd.grad(logits, bias, torch.ones(3, *logits.shape), is_grads_batched=True)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), bias, create_graph=True)  # once is no error
+    for parameter in (bias, net.classifier.weight, net.get_parameter("block.input.op.weight")):
+        with refused("twice"):
+            torch.autograd.grad(gradient.sum(), parameter, allow_unused=True, retain_graph=True)
     net.block.compile_ = False
-    torch.autograd.grad(net(x).sum(), net.classifier.bias, create_graph=True)
+    (expected,) = torch.autograd.grad(net(x).square().sum(), bias, create_graph=True)
+    assert torch.autograd.grad(expected.sum(), bias)[0] is not None
 
 
 def test_second_derivatives_in_a_classifier_that_is_given_are_those_of_its_own() -> None:
