@@ -38,7 +38,6 @@ MOST_PLANS = 4  # sizes of batches and other settings whose buffers are kept
 IN_VAIN, PAUSE = 8, 32
 TOO_OFTEN = "settings or sizes change in every step: compile=True prepares it anew each time"
 
-
 METHODS = ("forward", "prepare", "draw", "place")  # of connections and dropout, which a plan does not call
 
 # of connections, dropout, batch norm and constraints, as long as they are those that are known; methods are where
@@ -132,7 +131,7 @@ class CompiledSteps:
         if kept is None or not kept.watch.is_as_it_was():
             if readout is not None and not _suits(readout, block):
                 return None  # the block alone may be compiled
-            if block.compile_ is None and self._is_in_vain():
+            if block.compile_ is None and self._is_in_vain(ends_forward=readout is None):
                 return None
             plan = self._make(block, x, readout)
             if not _are_leaves(block.parameters()):
@@ -156,13 +155,17 @@ class CompiledSteps:
             require_finite(x)
         return plan.step(x, generator, tuple(block._solve_hooks.values()))
 
-    def _is_in_vain(self) -> bool:
-        """True where a plan would hardly be used again: for a while after many were not."""
+    def _is_in_vain(self, *, ends_forward: bool) -> bool:
+        """True where a plan would hardly be used again: for a while after many were not.
+
+        Args:
+            ends_forward: it is not asked for the block alone after this.
+        """
         if self._in_vain >= IN_VAIN:
             self._in_vain, self._pause = 0, PAUSE
         if not self._pause:
             return False
-        self._pause -= 1
+        self._pause -= ends_forward
         said = f"the training step is not compiled ({TOO_OFTEN})"
         if not self._has_said_too_often:  # the log would be full of it
             self._has_said_too_often = True

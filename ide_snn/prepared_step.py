@@ -53,6 +53,10 @@ from ide_snn.simulation import Path
 from ide_snn.solvers import Gmres, LinearProblem, Solution, solve
 from ide_snn.solvers.vectors import PreparedGmres
 
+REFUSED = (
+    "a training step that is compiled with the layer behind the block cannot be differentiated {}: set compile=False "
+    "(block.compile_ = False)"
+)
 MOST_FREE = 2  # sets of buffers that are kept for the next step, however many forwards there were at a time
 
 
@@ -366,13 +370,8 @@ class _OnlyOnce(torch.autograd.Function):
         raise RuntimeError(REFUSED.format("twice (create_graph=True)"))
 
 
-REFUSED = (
-    "a training step that is compiled with the layer behind the block cannot be differentiated {}: set compile=False "
-    "(block.compile_ = False)"
-)
-
-
 def _require_one(cotangent: Tensor) -> None:
+    """Raises RuntimeError where many cotangents come as one, which has no memory."""
     try:
         cotangent.data_ptr()
     except RuntimeError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import warnings
 import weakref
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize
 
-from ide_snn import Anderson, Connection, FeedbackSNN, Gmres, Implicit, NeuronParams, SNNIDEFCNet
+from ide_snn import Anderson, FeedbackSNN, Gmres, NeuronParams, SNNIDEFCNet
 from ide_snn.bptt import Bptt
 from ide_snn.checkpoint import load_checkpoint
 from ide_snn.config import config_from_dict, config_to_dict, load_config
@@ -232,63 +231,6 @@ def test_what_cannot_be_compiled_is_said_once_and_works(name: str, caplog: pytes
     assert said.message.startswith("compile=True: no effect (")
     assert reason in said.message
     assert said.levelno == logging.WARNING
-
-
-class OwnConnection(Connection):
-    def prepare(self, *arguments: Any, **options: Any) -> Any:
-        fixed = super().prepare(*arguments, **options)
-        return fixed if fixed.gain is None else dataclasses.replace(fixed, gain=2 * fixed.gain)
-
-
-class OwnBlock(FeedbackSNN):
-    def check(self, x: Tensor, dtype: torch.dtype | None = None) -> None:
-        super().check(x, dtype)
-        if float(x.detach().max()) > 1:
-            raise ValueError("too bright")
-
-
-def own_draw(net: FeedbackSNN) -> None:
-    draw = net.feedback.dropout.draw
-    net.feedback.dropout.draw = lambda *arguments, **options: 2 * draw(*arguments, **options)
-
-
-def own_connection(net: FeedbackSNN) -> None:
-    net.feedback.__class__ = OwnConnection
-
-
-@pytest.mark.parametrize(("change", "there_is_a_plan"), [(own_draw, False), (own_draw, True), (own_connection, False)])
-def test_methods_of_ones_own_are_called(change: Any, there_is_a_plan: bool) -> None:
-    nets = block(compile=None), block(compile=False)
-    for net in nets:
-        if there_is_a_plan:
-            step(net, images())
-        change(net)
-    (rates, found), (expected, gradients) = (step(net, images()) for net in nets)
-    torch.testing.assert_close(rates, expected, rtol=0, atol=1e-6)
-    assert_close(found, gradients)
-    assert "not compiled" in nets[0].path
-
-
-def test_a_block_of_ones_own_is_compiled_where_that_is_asked_for() -> None:
-    net = block(compile=None)
-    net.__class__ = OwnBlock
-    with pytest.raises(ValueError, match="too bright"):
-        step(net, images())
-    step(net, images().clamp(max=0.9))
-    assert not is_compiled(net)
-    net.compile_ = True
-    step(net, images().clamp(max=0.9))
-    assert is_compiled(net)
-
-
-def test_a_setting_that_cannot_be_hashed_is_no_error() -> None:
-    class OwnGradient(Implicit):
-        __hash__ = None  # type: ignore[assignment]
-
-    net, plain = block(compile=None, gradient=OwnGradient()), block(compile=False)
-    for _ in range(2):
-        assert torch.equal(step(net, images())[0], step(plain, images())[0])
-    assert net.path.endswith("is not compiled (a setting is of your own kind and cannot be hashed)")
 
 
 def test_plans_that_are_not_used_again_are_made_on_demand_alone(caplog: pytest.LogCaptureFixture) -> None:

@@ -57,13 +57,6 @@ typedef int16_t Level __attribute__((may_alias));
 #define NEAREST 0x1.8p23f
 #define NEAREST_BITS 0x4b400000
 
-static inline uint32_t nearest(float x) {
-    uint32_t bits;
-    x += NEAREST;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
 typedef struct {
     int64_t inputs, outputs;
     const int32_t *weight; /* [blocks][pairs of inputs][COLUMNS], two of 16 bits in each; zero behind the last input and output. Or
@@ -91,6 +84,13 @@ typedef struct {
 } Pack;
 
 #if defined(ROWS)
+
+static inline uint32_t nearest(float x) {
+    uint32_t bits;
+    x += NEAREST;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
 
 /* The lower and the upper halves of two vectors, number by number. */
 #if WIDTH == 16
