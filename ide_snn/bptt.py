@@ -24,13 +24,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ide_snn.equilibrium import EquilibriumMap
 from ide_snn.layers import FixedConnection
 from ide_snn.links import Folded, Link, Own, State, Statistics, make_link
 from ide_snn.neurons import NeuronParams
 from ide_snn.normalization import batch_moments
+from ide_snn.once import differentiable_once
 from ide_snn.precision import without_autocast
 from ide_snn.simulation import Rates, Record, simulate
 from ide_snn.spiking import Firing, Reset, pack_bits, require_choice, require_steps, unpack_bits
@@ -352,7 +352,7 @@ class _ThroughTime(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("backpropagation through time")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         run: _Unrolled = ctx.run
         memory = _restore(ctx)

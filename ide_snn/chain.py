@@ -21,16 +21,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ide_snn import convolutions, event_driven, memory
 from ide_snn.dense import DenseMap, turned_product
 from ide_snn.equilibrium import AnalyticLinearisation, EquilibriumMap, Known
 from ide_snn.layers import Affine
+from ide_snn.once import differentiable_once
 from ide_snn.operators import Operator
 from ide_snn.simulation import EVENT_PATHS
 from ide_snn.spiking import operator_gradients
 
+UNROLLED = ": use gradient=Unrolled(), whose steps are plain operations with precision='float32'"
 Solve = Callable[[AnalyticLinearisation, Tensor], Tensor]
 
 
@@ -75,7 +76,7 @@ class _Chain(torch.autograd.Function):
         return memory.clone(rates)  # a view would refuse in-place operations behind the block
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("an equilibrium", UNROLLED)
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         f, needed, n = ctx.f, ctx.needs_input_grad[5:], len(ctx.f.chain)
         first, *saved = ctx.saved_tensors

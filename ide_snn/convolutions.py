@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ide_snn import memory, native
 from ide_snn.event_driven import EventConnection
 from ide_snn.layers import Affine
+from ide_snn.once import differentiable_once
 from ide_snn.operators import Operator
 from ide_snn.spiking import operator_gradients
 
@@ -99,7 +99,7 @@ class _Convolution(torch.autograd.Function):
         return y if as_computed and bias is None else y.to(torch.float32)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("event-driven convolutions")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
         gradients = operator_gradients(ctx.operator, x, grad, weight, needs, rounded=ctx.rounded)

@@ -49,9 +49,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ide_snn.neurons import rate_weights, time_average
+from ide_snn.once import differentiable_once
 
 __all__ = ["DSRIFNode", "DSRLIFNode", "DSRNode", "record_firing_rates"]
 
@@ -288,7 +288,7 @@ class _Simulate(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("rate-coded layers")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         inside, saturated, v_threshold = ctx.saved_tensors
         node: DSRNode = ctx.node

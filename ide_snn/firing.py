@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ide_snn import memory
 from ide_snn.event_driven import State, channels_last, empty_channels_last
 from ide_snn.native import Stage, pointer
+from ide_snn.once import differentiable_once
 
 
 class _Rate(ctypes.Structure):
@@ -92,7 +92,7 @@ class _Fire(torch.autograd.Function):
         return rate, slope
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("firing rates")
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         slope, through = ctx.saved_tensors
         if grad is None:

@@ -18,12 +18,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ide_snn import memory
-from ide_snn.chain import attach_written_out, has_written_out_gradient
+from ide_snn.chain import UNROLLED, attach_written_out, has_written_out_gradient
 from ide_snn.equilibrium import AutogradLinearisation, EquilibriumMap, Linearisation
 from ide_snn.neurons import sigma
+from ide_snn.once import differentiable_once
 from ide_snn.precision import products_rounded, without_autocast
 from ide_snn.simulation import EVENT_PATHS
 from ide_snn.solvers import ADVICE, Outcome, Solution, Solver, SolverWarning, solve
@@ -156,7 +156,7 @@ class _FixedPointGradient(torch.autograd.Function):
         return memory.clone(rates)  # a view would refuse in-place operations behind the block
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("an equilibrium", UNROLLED)
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.channels_last:  # as the slopes: every product would convert it
             cotangent = cotangent.contiguous(memory_format=torch.channels_last)

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ide_snn import integers, native
 from ide_snn.layers import FixedConnection
 from ide_snn.native import Stage, is_plain, pointer
 from ide_snn.normalization import BatchNorm
+from ide_snn.once import differentiable_once
 from ide_snn.torch_modules import returns_what_nobody_keeps
 
 OTHER_NORM = "the input stage's batch norm is not as Connection makes it"
@@ -170,7 +170,7 @@ class _InputStage(torch.autograd.Function):
         return drive
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("an event-driven input stage")
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
         # kernels have their addresses, and hooks on saved tensors may give them another layout
         saved: list[Any] = [None if t is None else t.contiguous() for t in ctx.saved_tensors]

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ide_snn import native
 from ide_snn.native import Stage, Stages, pointer
+from ide_snn.once import differentiable_once
 from ide_snn.operators import Operator
 from ide_snn.products import product_stage
 from ide_snn.solvers.vectors import Factor
@@ -192,7 +192,7 @@ class _Linear(torch.autograd.Function):
         return multiply(x, weight, by_outputs=True)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("products in whole numbers")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         to_x = grad.mm(weight) if ctx.needs_input_grad[0] else None

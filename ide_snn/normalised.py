@@ -27,7 +27,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ide_snn import memory, native
 from ide_snn.event_driven import channels_last, empty_channels_last
@@ -35,6 +34,7 @@ from ide_snn.input_stage import why_not_batch_norm
 from ide_snn.layers import FixedConnection
 from ide_snn.native import is_plain, pointer
 from ide_snn.normalization import BatchNorm, update_running_statistics
+from ide_snn.once import differentiable_once
 from ide_snn.torch_modules import returns_what_nobody_keeps
 
 ROWS = 64  # of a share, as in csrc/normalised.c
@@ -180,7 +180,7 @@ class _Fire(torch.autograd.Function):
         return rate, slope
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("event-driven batch norm")
     def backward(ctx: Any, cotangent: Tensor | None, __: None) -> tuple[Tensor | None, ...]:
         if cotangent is None:
             return (None,) * 9

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ide_snn.distributed import Ranks
+from ide_snn.once import differentiable_once
 
 __all__ = [
     "BatchNorm",
@@ -224,7 +224,7 @@ class _Moments(torch.autograd.Function):
         return mean, var, count
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("moments over processes")
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor) -> tuple[Tensor, None]:
         y, mean, count = ctx.saved_tensors
         grad_mean, grad_var = ctx.ranks.sum_(torch.stack([grad_mean, grad_var]))

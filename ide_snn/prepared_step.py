@@ -32,10 +32,9 @@ from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ide_snn import event_driven, input_stage, integers, native, spectral
-from ide_snn.chain import of_rates
+from ide_snn.chain import UNROLLED, of_rates
 from ide_snn.dense import DenseMap
 from ide_snn.dropout import VariationalDropout
 from ide_snn.firing import fire_stage, rate_stage
@@ -45,6 +44,7 @@ from ide_snn.integers import MOST_INPUTS, IntegerProduct
 from ide_snn.layers import Affine
 from ide_snn.native import Stage, Stages
 from ide_snn.neurons import NeuronParams
+from ide_snn.once import differentiable_once
 from ide_snn.operators import Operator
 from ide_snn.optimizations import SpectralMatrix
 from ide_snn.products import product_stage
@@ -53,9 +53,10 @@ from ide_snn.simulation import Path
 from ide_snn.solvers import Gmres, LinearProblem, Solution, solve
 from ide_snn.solvers.vectors import PreparedGmres
 
-REFUSED = (
-    "a training step that is compiled with the layer behind the block cannot be differentiated {}: set compile=False "
-    "(block.compile_ = False)"
+EAGER = "set compile=False (block.compile_ = False)"
+REFUSED_MANY = (
+    "a training step that is compiled with the layer behind the block takes one cotangent at a time (without "
+    f"is_grads_batched=True, vmap): {EAGER}"
 )
 MOST_FREE = 2  # sets of buffers that are kept for the next step, however many forwards there were at a time
 
@@ -278,7 +279,7 @@ class _Slot:
         if [native.pointer(value) for value in self.values] != self._addresses:
             raise RuntimeError(
                 "the storage of a parameter was resized between forward and backward, which a compiled training step "
-                "cannot follow: set compile=False (block.compile_ = False)"
+                f"cannot follow: {EAGER}"
             )
 
     def solve(self, g: Tensor) -> Solution:
@@ -332,21 +333,12 @@ class _Step(torch.autograd.Function):
         return lease.slot.forward(x)
 
     @staticmethod
+    @differentiable_once("a compiled training step", f"{UNROLLED}, or for the layer behind the block {EAGER}")
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        slot = ctx.lease.slot
-        if slot.readout is not None:
-            _require_one(cotangent)
-        gradients: tuple[Tensor | None, ...] = _Step.pull(ctx, cotangent)
-        if slot.readout is None or not torch.is_grad_enabled():  # that is create_graph
-            return gradients
-        trained = [p for p in slot.parts.parameters if p is not None and p.requires_grad]
-        return tuple(None if g is None else _OnlyOnce.apply(g, *trained) for g in gradients)
-
-    @staticmethod
-    @once_differentiable
-    def pull(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         x, *_ = ctx.saved_tensors
         slot, needed = ctx.lease.slot, ctx.needs_input_grad[2:]
+        if slot.readout is not None:
+            _require_one(cotangent)
         # kernels have their addresses, and hooks on saved tensors may give them another layout
         x, cotangent = None if x is None else x.contiguous(), cotangent.contiguous()
         with slot.lock:
@@ -358,22 +350,9 @@ class _Step(torch.autograd.Function):
         return None, None, *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
 
 
-class _OnlyOnce(torch.autograd.Function):
-    """A gradient that cannot be differentiated, which is said: torch would take its derivatives for 0."""
-
-    @staticmethod
-    def forward(_ctx: Any, gradient: Tensor, *_parameters: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(_ctx: Any, _cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(REFUSED.format("twice (create_graph=True)"))
-
-
 def _require_one(cotangent: Tensor) -> None:
     """Raises RuntimeError where many cotangents come as one, which has no memory."""
     try:
         cotangent.data_ptr()
     except RuntimeError as error:
-        many = "for many cotangents at a time (is_grads_batched=True, vmap)"
-        raise RuntimeError(REFUSED.format(many)) from error
+        raise RuntimeError(REFUSED_MANY) from error

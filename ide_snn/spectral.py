@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ide_snn import native
 from ide_snn.native import Stage
+from ide_snn.once import differentiable_once
 
 
 class _Phase(ctypes.Structure):
@@ -145,7 +145,7 @@ class OfUnitNorm(torch.autograd.Function):
         return weight * scale
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("a normalised weight")
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight, alpha, u, v, s, scale = ctx.saved_tensors
         if ctx.native and all(ctx.needs_input_grad[:2]):

@@ -27,9 +27,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ide_snn.neurons import NeuronParams
+from ide_snn.once import differentiable_once
 from ide_snn.operators import Operator
 from ide_snn.precision import without_autocast
 from ide_snn.surrogate import ATan, Surrogate
@@ -196,7 +196,7 @@ class _MultiStep(torch.autograd.Function):
         return spikes, last
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("spiking neurons")
     def backward(ctx: Any, grad_s: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
         firing, length, steps = ctx.firing, ctx.recompute or 1, len(grad_s)
         kept = ctx.saved_tensors
@@ -292,7 +292,7 @@ class _OnSpikes(torch.autograd.Function):
         return operator.apply(spikes, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("responses to spikes")
     def backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:
         bits, weight = ctx.saved_tensors
         spikes = unpack_bits(bits, ctx.shape, weight.dtype)

@@ -14,6 +14,7 @@ PACKAGE = PROJECT / "ide_snn"
 LAYERS = [
     "distributed",
     "memory",
+    "once",
     "native",
     "say_once",
     "precision",

@@ -145,12 +145,44 @@ def test_failed_solve_warns_with_the_remedy_and_uses_the_best_iterate() -> None:
     assert len(solutions) == 1
 
 
-def test_double_backward_raises() -> None:
-    block = small_block("fc")
-    x = example_input("fc").requires_grad_()
-    (g,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+@pytest.mark.parametrize("kind", ["fc", "multilayer"])
+@pytest.mark.parametrize("precision", ["float32", "exact", "fast"])
+@pytest.mark.parametrize("compile", [None, False])
+@pytest.mark.parametrize("power", [1, 2])
+def test_double_backward_raises(kind: str, precision: str, compile: bool | None, power: int) -> None:
+    """With a loss that is linear in the rates, too, whose cotangent has no graph."""
+    block = small_block(kind, precision=precision, solver=Gmres(1e-4)).float()
+    block.compile_ = compile
+    x = example_input(kind).float().requires_grad_()
+    (g,) = torch.autograd.grad(block(x).pow(power).sum(), x, create_graph=True)
+    for leaf in (x, *block.parameters()):
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            torch.autograd.grad(g.sum(), leaf, allow_unused=True, retain_graph=True)
+    first = torch.autograd.grad(block(x).pow(power).sum(), x)[0]
+    assert not first.requires_grad
+
+
+def test_unrolled_gradients_can_be_differentiated_again() -> None:
+    block = warmed_up(small_block("fc", gradient=Unrolled(3), batch_norm=False)).eval()
+    weight = block.feedback.op.parametrizations.weight.original
+
+    def penalty() -> Tensor:
+        x = example_input("fc").requires_grad_()
+        (g,) = torch.autograd.grad(block(x).sum(), x, create_graph=True)
+        return g.square().sum()
+
+    (found,) = torch.autograd.grad(penalty(), weight)
+    direction = torch.randn(weight.shape, dtype=weight.dtype, generator=torch.Generator().manual_seed(1))
+    step, values = 1e-6, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * step * direction
+        values.append(float(penalty().detach()))
+        with torch.no_grad():
+            weight -= sign * step * direction
+    torch.testing.assert_close(
+        (values[0] - values[1]) / (2 * step), float((found * direction).sum()), rtol=1e-3, atol=0
+    )
 
 
 def test_backward_in_evaluation_mode_uses_running_statistics() -> None:

@@ -211,15 +211,15 @@ def test_what_the_classifier_alone_could_do_is_an_error_and_not_0() -> None:
     bias = net.classifier.bias
     assert bias is not None  # it has one
 
-    def refused(times: str) -> Any:
-        return pytest.raises(RuntimeError, match=rf"cannot be differentiated {times}.* set compile=False")
+    def refused(what: str) -> Any:
+        return pytest.raises(RuntimeError, match=rf"{what}.* set compile=False")
 
     logits = net(x)
-    with refused("for many"):
+    with refused("takes one cotangent at a time"):
         torch.autograd.grad(logits, bias, torch.ones(3, *logits.shape), is_grads_batched=True)
     (gradient,) = torch.autograd.grad(logits.square().sum(), bias, create_graph=True)  # once is no error
     for parameter in (bias, net.classifier.weight, net.get_parameter("block.input.op.weight")):
-        with refused("twice"):
+        with refused("cannot be differentiated again"):
             torch.autograd.grad(gradient.sum(), parameter, allow_unused=True, retain_graph=True)
     net.block.compile_ = False
     (expected,) = torch.autograd.grad(net(x).square().sum(), bias, create_graph=True)
