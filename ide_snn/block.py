@@ -50,13 +50,12 @@ class FeedbackSNN(nn.Module):
         solver: for the implicit linear system.
         gradient: `Implicit`, `Unrolled` or `Bptt`.
         input_has_time: inputs are [T, B, *] (spikes, frames) instead of a constant [B, *].
-        check_input: refuse NaN and infinity in the input. None: on a CPU; elsewhere it would cost a synchronisation per
-            forward, and NaN shows in the rates: of its sample, or with batch norm in training of the batch, whose
-            running statistics it spoils.
+        check_input: refuse NaN and infinity in the input; None: on a CPU only, since on a GPU the check waits for the
+            device. One that is not refused makes the sample's rates NaN, with batch norm in training all of them.
         precision: how the simulation and the products of J are computed, see `ide_snn.precision`.
         compile: prepare the training step once and run it by a few calls, where that can be done (`ide_snn.compiled`);
-            on a GPU the time steps (`ide_snn.graphed_simulation`). None: on a CPU alone, with exact or fast, without
-            a warning where it cannot be done. The attribute is `compile_`: modules have a method `compile`.
+            on a GPU the time steps and GMRES, as CUDA graphs. None: on a CPU alone, with exact or fast, without a
+            warning where it cannot be done. The attribute is `compile_`: modules have a method `compile`.
 
     Settings are attributes of the same names, which may be set between forwards.
 
@@ -147,7 +146,7 @@ class FeedbackSNN(nn.Module):
         return None if own or hooks or not self._may_be_compiled(x) else self._compiled(self, x, generator, linear)
 
     def _may_be_compiled(self, x: Tensor) -> bool:
-        is_usual = type(self) is FeedbackSNN and "check" not in self.__dict__  # others may have methods of their own
+        is_usual = type(self) is FeedbackSNN  # others may have methods of their own
         wanted = is_usual and self.precision != "float32" if self.compile_ is None else self.compile_
         return wanted and self.training and torch.is_grad_enabled() and not x.is_cuda
 

@@ -29,20 +29,14 @@ from ide_snn.readout import suits
 from ide_snn.say_once import SayOnce
 from ide_snn.simulation import EVENT_PATHS, Path
 from ide_snn.solvers import Gmres, Solver
-from ide_snn.torch_modules import GLOBAL_HOOKS, HOOKS, owns
+from ide_snn.torch_modules import GLOBAL_HOOKS, HOOKS, has_own_methods, owns
 
 log = logging.getLogger(__name__)
 
 MOST_PLANS = 4  # sizes of batches and other settings whose buffers are kept
-# With compile=None: when so many plans were made without one being used again, the next so many forwards go without
-IN_VAIN, PAUSE = 8, 32
-TOO_OFTEN = "settings or sizes change in every step: compile=True prepares it anew each time"
 
-METHODS = ("forward", "prepare", "draw", "place")  # of connections and dropout, which a plan does not call
-
-# of connections, dropout, batch norm and constraints, as long as they are those that are known; methods are where
-# somebody has put a function of his own in its place
-SETTINGS = ("training", "pool", "p", "eps", "momentum", "track_running_stats", "bound", *METHODS)
+# of connections, dropout, batch norm and constraints, as long as they are those that are known
+SETTINGS = ("training", "pool", "p", "eps", "momentum", "track_running_stats", "bound")
 
 
 class Block(Protocol):
@@ -97,8 +91,6 @@ class CompiledSteps:
     def __init__(self) -> None:
         self._plans: OrderedDict[tuple[Any, ...], _Kept] = OrderedDict()
         self._latest: tuple[tuple[Any, ...], _Kept] | None = None  # is found without hashing
-        self._in_vain = self._pause = 0
-        self._has_said_too_often = False
         self.say_once = SayOnce(log)
 
     def __call__(
@@ -128,19 +120,14 @@ class CompiledSteps:
         except TypeError:  # a subclass with an __eq__ of its own
             self._say_no(block, "a setting is of your own kind and cannot be hashed")
             return None
-        if kept is None or not kept.watch.is_as_it_was():
+        if kept is None or not kept.watch.is_as_it_was(block):
             if readout is not None and not _suits(readout, block):
                 return None  # the block alone may be compiled
-            if block.compile_ is None and self._is_in_vain(ends_forward=readout is None):
-                return None
             plan = self._make(block, x, readout)
             if not _are_leaves(block.parameters()):
                 return None  # nothing is kept: it would keep their graphs
             said = block.say_once.latest, self.say_once.latest
             kept = _Kept(plan, _Watch(block, readout), *said)
-            self._in_vain += not isinstance(plan, str)
-        elif not isinstance(kept.plan, str):
-            self._in_vain = 0
         if latest is None or kept is not latest[1]:
             self._latest = key, kept
             self._plans.pop(key, None)  # to the end; another thread may have been faster
@@ -155,26 +142,12 @@ class CompiledSteps:
             require_finite(x)
         return plan.step(x, generator, tuple(block._solve_hooks.values()))
 
-    def _is_in_vain(self, *, ends_forward: bool) -> bool:
-        """True where a plan would hardly be used again: for a while after many were not.
-
-        Args:
-            ends_forward: it is not asked for the block alone after this.
-        """
-        if self._in_vain >= IN_VAIN:
-            self._in_vain, self._pause = 0, PAUSE
-        if not self._pause:
-            return False
-        self._pause -= ends_forward
-        said = f"the training step is not compiled ({TOO_OFTEN})"
-        if not self._has_said_too_often:  # the log would be full of it
-            self._has_said_too_often = True
-            self.say_once(said)
-        self.say_once.latest = said
-        return True
-
     def _make(self, block: Block, x: Tensor, readout: nn.Linear | None) -> Plan | str:
         """The plan, or why there is none."""
+        if block.compile_ is None and has_own_methods(cast(nn.Module, block)):  # before they are called
+            found = "the block has a method of your own"
+            self._say_no(block, found)
+            return found
         block.check(x)
         block.population_shapes(tuple(x.shape[2 if block.input_has_time else 1 :]))
         found = _path_or_reason(block, x)
@@ -232,7 +205,7 @@ def _path_or_reason(block: Block, x: Tensor) -> str:
         return "a connection is one of your own"
     if any(type(connection.dropout) is not VariationalDropout for connection in (stage, feedback)):
         return "dropout is one of your own"
-    if any(name in vars(part) for one in (stage, feedback) for part in (one, one.dropout) for name in METHODS[1:]):
+    if any(map(has_own_methods, (stage, feedback, stage.dropout, feedback.dropout))):
         return "a connection or dropout has a method of your own"
     if not all(module.training for module in block.modules()):
         return "a part is in evaluation mode"
@@ -249,7 +222,7 @@ def _why_not_constraint(op: nn.Module) -> str | None:
     if constraint is None:
         return "the feedback has a parametrization of its own" if parametrize.is_parametrized(op) else None
     kinds = cast(nn.ModuleDict, op.parametrizations)
-    if type(constraint) not in (SpectralMatrix, SpectralMatrixFirstDim) or "forward" in vars(constraint):
+    if type(constraint) not in (SpectralMatrix, SpectralMatrixFirstDim) or has_own_methods(constraint):
         return "of constraints, it knows spectral_matrix"
     if list(kinds) != ["weight"] or len(cast(nn.ModuleList, kinds["weight"])) != 1:
         return "the feedback has a parametrization of its own"
@@ -307,13 +280,13 @@ class _Watch:
 
     def __init__(self, block: Block, readout: nn.Linear | None) -> None:
         self._owners: list[tuple[dict[str, Any], str, Any]] = []  # who is where
-        self._modules: list[nn.Module] = []
+        self._modules, self._root = [cast(nn.Module, block)], block._modules
         self._look_at(block._modules, ("input", "feedback"))
         if readout is not None:
             self._look_at({"readout": readout}, ("readout",))
         self._tensors = [what for _, _, what in self._owners if isinstance(what, Tensor)]
         states = [module.__dict__ for module in self._modules]
-        self._settings = [(own, name) for own in states for name in SETTINGS if name in own or name in METHODS]
+        self._settings = [(own, name) for own in states for name in SETTINGS if name in own]
         self._counted = [(own, name) for own in states for name in (*HOOKS, "_modules", "_parameters", "_buffers")]
         self._state, self._addresses = self._now(), self._addresses_now()
 
@@ -327,14 +300,20 @@ class _Watch:
                     self._owners += [(tensors, key, tensor) for key, tensor in tensors.items()]
                 self._look_at(inner._modules, inner._modules)
 
-    def is_as_it_was(self) -> bool:
+    def is_as_it_was(self, block: Block) -> bool:
+        if block._modules is not self._root:  # a shallow copy has the plans of the other
+            return False
         for owner, name, what in self._owners:
             if owner.get(name) is not what:
                 return False
         return self._state == self._now() and self._addresses == self._addresses_now()
 
     def _now(self) -> list[Any]:
-        return [own.get(name) for own, name in self._settings] + [len(own[name]) for own, name in self._counted]
+        return [
+            *(own[name] for own, name in self._settings),
+            *(len(own[name]) for own, name in self._counted),
+            *((type(module), len(module.__dict__)) for module in self._modules),  # more: a method of somebody's own
+        ]
 
     def _addresses_now(self) -> list[Any]:
         return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.requires_grad) for tensor in self._tensors]

@@ -280,7 +280,9 @@ class EquilibriumMap:
             rough = None if rounded is None else rounded.as_rough()
         g = g if factors is None else channels_last(g)  # the order in memory that the kernels read
         ahead = None if self.ahead is None or coupled else self.ahead(jacobian)
-        return LinearProblem(jacobian.rmatvec, g, coupled, native, factors, rough, ahead)
+        return LinearProblem(
+            jacobian.rmatvec, g, coupled=coupled, native=native, factors=factors, rough=rough, ahead=ahead
+        )
 
     @torch.no_grad()
     def _frozen_activations(self, a: Tensor) -> list[Tensor]:

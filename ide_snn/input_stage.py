@@ -113,6 +113,8 @@ def why_not_batch_norm(bn: nn.Module | None, samples: int, kind: type[BatchNorm]
         return None
     if type(bn) is not kind or not (bn.affine and bn.track_running_stats) or bn.momentum is None:
         return OTHER_NORM
+    if bn.eps <= 0:  # which torch refuses
+        return OTHER_NORM
     batches = bn.num_batches_tracked
     if not all(t is not None and t.shape == (bn.num_features,) for t in _tensors(bn)):
         return OTHER_NORM

@@ -59,7 +59,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, message: str, *_sources: Tensor) -> Tensor:
         ctx.message = message
-        return gradient.view_as(gradient)
+        return gradient.clone()  # a view would refuse in-place changes, as optimizers and hooks make them
 
     @staticmethod
     def backward(ctx: Any, _cotangent: Tensor) -> Gradients:

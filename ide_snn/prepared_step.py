@@ -58,6 +58,10 @@ REFUSED_MANY = (
     "a training step that is compiled with the layer behind the block takes one cotangent at a time (without "
     f"is_grads_batched=True, vmap): {EAGER}"
 )
+CHANGED = (
+    "a parameter was modified by an inplace operation between forward and backward, of which a compiled training step "
+    f"has no copy: {EAGER}"
+)
 MOST_FREE = 2  # sets of buffers that are kept for the next step, however many forwards there were at a time
 
 
@@ -329,7 +333,9 @@ class _Step(torch.autograd.Function):
         # what the backward pass reads is saved for autograd to see that it is still that of the forward
         to_x, to_w_in, *_ = ctx.needs_input_grad[2:]
         w_in, _, gamma, _, raw, alpha, _, w_out, _ = parameters
-        ctx.save_for_backward(x if to_w_in else None, w_in if to_x else None, gamma, raw, alpha, w_out)
+        read = [p for p in (w_in if to_x else None, gamma, raw, alpha, w_out) if p is not None]
+        ctx.save_for_backward(x if to_w_in else None, *read)
+        ctx.read, ctx.versions = read, [p._version for p in read]
         return lease.slot.forward(x)
 
     @staticmethod
@@ -343,6 +349,8 @@ class _Step(torch.autograd.Function):
         x, cotangent = None if x is None else x.contiguous(), cotangent.contiguous()
         with slot.lock:
             slot.require_memory()
+            if [p._version for p in ctx.read] != ctx.versions:  # hooks on saved tensors keep autograd from seeing it
+                raise RuntimeError(CHANGED)
             g, of_readout = slot.to_rates(cotangent)
             solution = slot.solve(g)
             report(solution, slot.parts.solver, ctx.hooks)

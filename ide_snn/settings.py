@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from ide_snn.bptt import Bptt
 from ide_snn.implicit import GRADIENTS
 from ide_snn.neurons import NeuronParams
 from ide_snn.precision import require_precision
-from ide_snn.solvers import SOLVERS
-from ide_snn.solvers.base import require_count
+from ide_snn.solvers import SOLVERS, Solver
+from ide_snn.solvers.base import check_settings, require_count
 
 
 def _require_kind(name: str, kinds: tuple[type, ...], value: object) -> None:
     if not isinstance(value, kinds):
         names = ", ".join(f"{kind.__name__}(...)" for kind in kinds)
         raise ValueError(f"{name} must be one of {names}, got {value!r}")
+
+
+def _require_solver(value: object) -> None:
+    if isinstance(value, type) or not all(hasattr(value, name) for name in ("begin", "tol", "max_steps")):
+        names = ", ".join(f"{kind.__name__}(...)" for kind in SOLVERS.values())
+        raise ValueError(
+            f"solver must be one of {names}, or a custom one with begin, tol and max_steps (`ide_snn.Solver`), "
+            f"got {value!r}"
+        )
+    check_settings(cast(Solver, value))
 
 
 def _require_one_of(name: str, choices: tuple[object, ...], value: object) -> None:
@@ -31,7 +41,7 @@ def _refuse_compile(value: object) -> None:
 
 REQUIRED: dict[str, Callable[[Any], None]] = {  # by name; each raises ValueError
     "precision": require_precision,
-    "solver": functools.partial(_require_kind, "solver", tuple(SOLVERS.values())),
+    "solver": _require_solver,
     "gradient": functools.partial(_require_kind, "gradient", (*GRADIENTS.values(), Bptt)),
     "neuron": functools.partial(_require_kind, "neuron", (NeuronParams,)),
     "time_steps": functools.partial(require_count, "time_steps"),

@@ -44,9 +44,14 @@ class Map(Protocol):
 
 @dataclass(frozen=True)
 class Record:
-    """What to keep beside the last population's rate. `spikes` and `membranes` need memory proportional to T.
+    """What to keep beside the last population's rate.
 
-    `on_step` is called after every time step with what can be seen there, for anything else.
+    Attributes:
+        all_rates: the weighted rates of every population.
+        spike_fraction: the mean spikes per time step of every neuron, unweighted.
+        spikes, membranes: those of every time step [T, B, *]; their memory grows with T.
+        mean_response: of the feedback, for the gradient of event-driven paths.
+        on_step: called after every time step with what can be seen there, for anything else.
     """
 
     all_rates: bool = False

@@ -50,7 +50,7 @@ class System:
 
     def solve(self, settings: Any, y0: Tensor | None = None, *, trace: bool = False) -> Solution:
         self.calls = 0
-        return solve(LinearProblem(self.product, self.rhs, self.coupled), settings, y0, trace=trace)
+        return solve(LinearProblem(self.product, self.rhs, coupled=self.coupled), settings, y0, trace=trace)
 
     def exact(self) -> Tensor:
         """numpy's dense solve."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from networks import example_input, small_block
 from torch import nn
 
-from ide_snn import Connection, FeedbackSNN, NeuronParams, SNNIDEConvMultiLayerNet, SNNIDEConvNet, SNNIDEFCNet
+from ide_snn import Connection, FeedbackSNN, Gmres, NeuronParams, SNNIDEConvMultiLayerNet, SNNIDEConvNet, SNNIDEFCNet
+from ide_snn.solvers.base import Advance, Workspace
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "5"])
@@ -105,6 +108,43 @@ WRONG = {
     "check_input": (1, "check_input must be one of None, False, True, got 1"),
     "precision": ("exakt", "precision must be one of float32, exact, fast, got 'exakt'"),
 }
+
+
+@dataclass(frozen=True)
+class Own:
+    """Damped fixed-point steps: what `Solver` asks for."""
+
+    tol: float = 1e-6
+    max_steps: int = 500
+
+    def begin(self, work: Workspace) -> Own:  # noqa: ARG002
+        return self
+
+    def advance(self, y: torch.Tensor, r: torch.Tensor, budget: int) -> Advance:  # noqa: ARG002
+        return Advance(y + 0.7 * r)
+
+
+@pytest.mark.parametrize("precision", ["float32", "exact", "fast"])
+def test_a_solver_of_ones_own(precision: str) -> None:
+    gradients = []
+    for solver in (Own(), Gmres(1e-6)):
+        torch.manual_seed(0)
+        block = small_block("fc", precision=precision, solver=solver).float()
+        x = example_input("fc").float()
+        block(torch.linspace(-1, 3, x.numel()).view_as(x)).square().sum().backward()
+        gradients.append(block.feedback.op.parametrizations.weight.original.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_what_a_solver_of_ones_own_lacks_is_said() -> None:
+    block = small_block("fc")
+    for wrong, message in (
+        (Gmres, r"a custom one with begin, tol and max_steps .*, got <class"),
+        (nn.Identity(), r"a custom one with begin, tol and max_steps .*, got Identity"),
+        (Own(tol=-1), "tol must be a positive finite number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block.solver = wrong
 
 
 @pytest.mark.parametrize("name", WRONG)

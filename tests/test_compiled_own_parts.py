@@ -40,14 +40,23 @@ def own_constraint(net: FeedbackSNN) -> None:
     constraint.forward = lambda weight: 2 * forward(weight)
 
 
+def own_update(net: FeedbackSNN) -> None:
+    constraint = get_constraint(net.feedback.op)
+    update = constraint.update
+    constraint.update = lambda *given, **options: [update(*given, **options) for _ in range(3)][-1]
+
+
+def own_gradient(net: FeedbackSNN) -> None:
+    attach = net._attach
+    net._attach = lambda *given: 2 * attach(*given)
+
+
 def own_connection(net: FeedbackSNN) -> None:
     net.feedback.__class__ = OwnConnection
 
 
-@pytest.mark.parametrize(
-    ("change", "there_is_a_plan"),
-    [(own_draw, False), (own_draw, True), (own_constraint, False), (own_constraint, True), (own_connection, False)],
-)
+@pytest.mark.parametrize("change", [own_draw, own_constraint, own_update, own_gradient, own_connection])
+@pytest.mark.parametrize("there_is_a_plan", [False, True])
 def test_methods_of_ones_own_are_called(change: Any, there_is_a_plan: bool) -> None:
     nets = block(compile=None), block(compile=False)
     for net in nets:

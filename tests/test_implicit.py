@@ -105,15 +105,20 @@ def test_scale_of_the_loss_only_scales_the_gradient(statistics: str) -> None:
 
 
 def test_other_samples_do_not_change_a_samples_gradient() -> None:
-    block = warmed_up(small_block("conv", solver=Gmres(tol=1e-2))).eval()
+    """The original's tolerance was for the whole batch, whose largest gradients decided.
+
+    The feedback is long enough here for samples of small gradients to need steps of their own.
+    """
+    block = warmed_up(small_block("conv", constraint="none", solver=Gmres(tol=1e-2))).eval()
+    with torch.no_grad():
+        block.feedback.op.weight.mul_(4)
     x = example_input("conv", batch=6).requires_grad_()
     weight = torch.tensor([1.0, 1e3, 1e-3, 10.0, 5.0, 0.0], dtype=torch.float64)
     (together,) = torch.autograd.grad((block(x).square().sum((1, 2, 3)) * weight).sum(), x)
-    exact = warmed_up(small_block("conv")).eval()
-    exact.load_state_dict(block.state_dict())
+    block.solver = EXACT
     for i in range(6):
         alone = x[i : i + 1].detach().requires_grad_()
-        (expected,) = torch.autograd.grad((exact(alone).square().sum((1, 2, 3)) * weight[i]).sum(), alone)
+        (expected,) = torch.autograd.grad((block(alone).square().sum((1, 2, 3)) * weight[i]).sum(), alone)
         error = (together[i] - expected[0]).norm()
         assert error <= 3e-2 * expected.norm()
 

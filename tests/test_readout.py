@@ -242,13 +242,3 @@ def test_second_derivatives_in_a_classifier_that_is_given_are_those_of_its_own()
         assert ("is compiled" in net.block.path) is compile
     assert float(found[1].abs().max()) > 1e-3
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
-
-
-def test_a_pause_without_plans_is_counted_in_forwards() -> None:
-    """For the classifier and for the block alone there is one each."""
-    net, compiled = network(None), []
-    for number in range(8 + 40):
-        net.block.solver = Gmres(1e-3 * (1 + number / 100))
-        step(net)
-        compiled.append(net.block.path.endswith("the training step is compiled"))
-    assert compiled == [True] * 8 + [False] * 32 + [True] * 8

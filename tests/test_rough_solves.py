@@ -40,7 +40,7 @@ def problem(matrix: Tensor, rough: Tensor | None, b: Tensor, *, native: bool) ->
     begins = None
     if rough is not None:
         begins = Rough(lambda v: v @ rough.T, 1e-3, (lambda: factors_of(rough)) if native else None)
-    return LinearProblem(lambda v: v @ matrix.T, b, False, native, factors if native else None, begins)
+    return LinearProblem(lambda v: v @ matrix.T, b, native=native, factors=factors if native else None, rough=begins)
 
 
 def residuals(matrix: Tensor, b: Tensor, solution: Solution) -> Tensor:

@@ -267,7 +267,7 @@ def test_verdicts_are_on_what_is_not_rounded(strength: float) -> None:
     rounded = jacobian.in_bfloat16()
     assert rounded is not None
     factors, rough = jacobian.transposed_factors(), Rough(rounded.rmatvec, BFLOAT16_NOISE)
-    solution = solve(LinearProblem(jacobian.rmatvec, g, False, True, factors, rough), Gmres(1e-2))
+    solution = solve(LinearProblem(jacobian.rmatvec, g, native=True, factors=factors, rough=rough), Gmres(1e-2))
     residual = (g + jacobian.rmatvec(solution.value) - solution.value).flatten(1).norm(dim=1)
     assert float(solution.value.norm() / g.norm()) > 5
     assert solution.outcome is Outcome.converged
@@ -300,7 +300,7 @@ def test_kernels_are_packed_for_solves_that_need_them_only() -> None:
     matrix, b = 0.1 * torch.eye(3), torch.ones(2, 3)
     for noise, asked in ((1e-3, []), (9e-3, [1])):  # at five times its noise a rough solve is worth a try
         rough = Rough(lambda v: v @ matrix, noise)
-        solution = solve(LinearProblem(lambda v: v @ matrix, b, False, True, factors, rough), Gmres(1e-2))
+        solution = solve(LinearProblem(lambda v: v @ matrix, b, native=True, factors=factors, rough=rough), Gmres(1e-2))
         assert solution.outcome is Outcome.converged
         assert packed == asked
 

@@ -247,7 +247,7 @@ def test_nonlinear_fixed_points(name: str, dtype: torch.dtype, coupled: bool) ->
         rows = z.reshape(*shape, 1)
         return ((problem.matrix.to(z) @ rows).reshape(z.shape) + problem.rhs.to(z)).sin()
 
-    solution = solve(FixedPointProblem(f, torch.rand(SHAPE, dtype=dtype), coupled), solver(name, tol))
+    solution = solve(FixedPointProblem(f, torch.rand(SHAPE, dtype=dtype), coupled=coupled), solver(name, tol))
     assert solution.outcome is Outcome.converged
 
     def equation(z: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
@@ -29,9 +29,8 @@ class LinearProblem:
 
     coupled: True where A mixes samples of the batch; then there is one group.
     native: the solver may use compiled kernels (float32 on a CPU), and overwrite what `matvec` returns.
-    factors: gives A as kernels that multiply samples one by one, the one that is applied first at the front; with
-        `native`, where A does not mix samples. They read `rhs` in its order in memory. Asked when they are needed: a
-        solve that is rough throughout is not.
+    factors: returns A as a tuple of per-sample kernels in order of application; with `native`, where A does not mix
+        samples. They read `rhs` in its order in memory. Called only if the solve needs exact products.
     rough: A with rounding, for solvers that may begin with it; the verdict is on A.
     ahead: how runs of GMRES are made without waiting for the host after every product, where A does not mix samples and
         `matvec` does not wait.
@@ -39,6 +38,7 @@ class LinearProblem:
 
     matvec: Callable[[Tensor], Tensor]
     rhs: Tensor
+    _: KW_ONLY
     coupled: bool = False
     native: bool = False
     factors: Callable[[], tuple[Factor, ...]] | None = None
@@ -60,6 +60,7 @@ class FixedPointProblem:
 
     f: Callable[[Tensor], Tensor]
     start: Tensor
+    _: KW_ONLY
     coupled: bool = False
 
     def image(self, y: Tensor) -> Tensor:
