@@ -49,12 +49,22 @@ from tables import draw, report
 
 from ide_snn import Anderson, SolverWarning
 from ide_snn.config import ConfigError, config_to_dict, resolve_device
-from ide_snn.precision import round_products
+from ide_snn.precision import products_rounded, round_products
 from ide_snn.reporting import versions, write_json
 from ide_snn.solvers import solve
 
 STAGES = ("steps", "evaluation", "rates", "solvers", "memory")
 PEERS = (*BPTT, "torchdeq")
+
+
+def rounded(ours: Ours, call: Callable[[int], object]) -> Callable[[int], object]:
+    """The call with products rounded as in a step."""
+
+    def scoped(number: int) -> object:
+        with products_rounded(ours.rounding, next(ours.model.parameters()).device):
+            return call(number)
+
+    return scoped
 
 
 class CaseRun:
@@ -215,7 +225,7 @@ class CaseRun:
         calls: dict[str, Callable[[int], object]] = {}
         for name, ours in self.ours.items():
             problem, solver = adjoint_problem(ours, *batch), ours.model.block.solver
-            calls[name] = lambda _, problem=problem, solver=solver: solve(problem, solver)  # type: ignore[misc]
+            calls[name] = rounded(ours, lambda _, problem=problem, solver=solver: solve(problem, solver))  # type: ignore[misc]
             calls[name](0)
         times = interleave(calls, dict.fromkeys(calls, self.options.rounds), self.device)
         for name in self.ours:
@@ -224,12 +234,17 @@ class CaseRun:
         others = "torchdeq" in self.options.peers and why_missing("torchdeq") is None
         own = first.model.block.solver
         rounds = min(self.options.rounds, self.options.peer_rounds)
-        self.result["solvers"] = {
-            "(I - J^T) v = g": compare_solvers(adjoint_problem(first, *batch), own, rounds, others, self.device),
-            "a = f(a)": compare_solvers(
-                equilibrium_problem(first, batch[0]), Anderson(tol=own.tol, max_steps=100), rounds, others, self.device
-            ),
-        }
+        with products_rounded(first.rounding, self.device):
+            self.result["solvers"] = {
+                "(I - J^T) v = g": compare_solvers(adjoint_problem(first, *batch), own, rounds, others, self.device),
+                "a = f(a)": compare_solvers(
+                    equilibrium_problem(first, batch[0]),
+                    Anderson(tol=own.tol, max_steps=100),
+                    rounds,
+                    others,
+                    self.device,
+                ),
+            }
 
     def memory(self) -> None:
         """Peak memory of every subject in processes of their own, at each T; peers at the case's T only."""

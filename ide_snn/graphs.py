@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -92,7 +93,6 @@ class GraphedCall(Generic[Result]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_captured": {}}
 
-    @torch.no_grad()
     def _capture(self, tensors: tuple[Tensor, ...]) -> _Captured:
         devices = {x.device for x in tensors}
         if len(devices) != 1 or next(iter(devices)).type != "cuda":
@@ -104,24 +104,38 @@ class GraphedCall(Generic[Result]):
                 "(drop the last partial batch), raise max_graphs, or release()"
             )
         with torch.cuda.device(next(iter(devices))):
-            inputs = tuple(x.detach().clone() for x in tensors)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(self.warm_up):
-                    self.fn(*inputs)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # other threads, such as those of a process group, may use the device meanwhile
-                with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                    outputs = self.fn(*inputs)
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"the function cannot be captured as a CUDA graph ({error}): it must not synchronise with the host "
-                    "nor allocate outside torch, see GraphedCall"
-                ) from error
+            return self._record(tensors)
+
+    @torch.inference_mode(False)  # the graph's memory serves training, too
+    @torch.no_grad()
+    def _record(self, tensors: tuple[Tensor, ...]) -> _Captured:
+        inputs = tuple(x.detach().clone() for x in tensors)
+        current, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(self.warm_up):
+                self.fn(*inputs)
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # other threads, such as those of a process group, may use the device meanwhile
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                outputs = self.fn(*inputs)
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a capture that fails at its end leaves the other one
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise RuntimeError(
+                f"the function cannot be captured as a CUDA graph ({error}): it must not synchronise with the host "
+                "nor allocate outside torch, see GraphedCall"
+            ) from error
         return _Captured(graph, inputs, outputs)
+
+
+@functools.cache
+def _side_stream(_device: int) -> torch.cuda.Stream:
+    """For captures; one, since cuBLAS keeps a workspace for every stream."""
+    return torch.cuda.Stream()
 
 
 class Graphs:

@@ -175,7 +175,7 @@ class _Slot:
         if constraint is None:
             return []
         alpha = constraint.alpha.detach()
-        self.largest_alpha = alpha.new_tensor(constraint.bound).item()  # the bound as alpha's type has it
+        self.largest_alpha = alpha.new_tensor(float(constraint.bound)).item()  # the bound as alpha's type has it
         u, v = constraint.u.clone(), constraint.v.clone()  # those of this step: the next one changes them
         self.weighing, self.factor = spectral.weighing_stage(raw, constraint, alpha, u, v)
         self.pull = spectral.pull_stage(raw, raw, u, v, raw)  # of a cotangent that each step has anew

@@ -21,6 +21,7 @@ from ide_snn.evaluation import Batch
 from ide_snn.implicit import Implicit
 from ide_snn.monitor import feedback_blocks
 from ide_snn.normalization import batch_norms, synchronised
+from ide_snn.optimizations import get_constraint
 from ide_snn.progress import Batches, SharedBatches
 
 __all__ = ["Replicas", "with_shares"]
@@ -46,6 +47,8 @@ class Replicas:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._asked: Tensor | None = None
+        constraints = filter(None, map(get_constraint, model.modules()))
+        self._estimates = [buffer for constraint in constraints for buffer in constraint.buffers()]
 
     def begin(self, train: Batches) -> Batches:
         """Gives all ranks the weights and buffers of rank 0; returns this rank's share of the training batches.
@@ -84,7 +87,7 @@ class Replicas:
     def sum_gradients(self, wants_to_stop: bool) -> None:
         """Replaces every gradient by its sum over the ranks; tells the others if this rank wants to stop.
 
-        A gradient that no rank has stays None.
+        A gradient that no rank has stays None. On a GPU the vectors of power iterations become those of rank 0.
         """
         if self.ranks.is_alone:
             return
@@ -93,6 +96,8 @@ class Replicas:
             groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
         for key, parameters in groups.items():
             self._asked = self._sum_group(key, parameters, wants_to_stop)
+        if any(estimate.is_cuda for estimate in self._estimates):  # cuDNN need not give two ranks the same bits
+            self.ranks.copy_from_first_(self._estimates)
 
     @torch.no_grad()
     def _sum_group(

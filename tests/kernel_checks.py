@@ -112,6 +112,14 @@ def test_step_in_float64_has_constants_in_float64(neuron) -> None:
     compare(neuron, shape=(3, 401), dtype=torch.float64, rate=True, gain=torch.bool, drive=True)
 
 
+@pytest.mark.parametrize("threshold", [0.3, 0.7])  # rounded to float32 the one is larger, the other smaller
+def test_the_threshold_of_float64_is_not_rounded(threshold) -> None:
+    current = torch.tensor([1, 1 + 1e-9, 1 - 1e-9], dtype=torch.float64, device=DEVICE) * threshold
+    spikes = torch.empty_like(current)
+    neuron_step_(current, torch.zeros_like(current), spikes, NeuronParams(threshold, 0.9), backend="triton")
+    assert spikes.tolist() == [1, 1, 0]
+
+
 @settings(max_examples=20, deadline=None)
 @given(shape=shapes, last=st.booleans(), leak=st.floats(0.01, 1), threshold=st.floats(0.01, 10), data=st.data())
 def test_step_at_drawn_shapes_and_parameters(shape, last, leak, threshold, data) -> None:

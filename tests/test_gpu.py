@@ -25,7 +25,7 @@ def test_training_step_equals_the_cpu_in_float64(kind: str, statistics: str, sol
     x = example_input(kind)
     results = []
     for device in ("cpu", "cuda"):
-        twin, point = copy.deepcopy(block).to(device), x.to(device).requires_grad_()
+        twin, point = copy.deepcopy(block).to(device), x.detach().to(device, copy=True).requires_grad_()
         rates = twin(point)
         rates.square().sum().backward()
         results.append([t.cpu() for t in (rates.detach(), point.grad, *(p.grad for p in twin.parameters()))])
@@ -56,7 +56,7 @@ def test_precisions_give_the_rates_of_float32(kind: str, precision) -> None:
 
 
 def test_a_step_of_fast_is_close_to_that_of_float32() -> None:
-    block = warmed_up(small_block("conv", dropout=0.0)).float().cuda()
+    block = warmed_up(small_block("conv", dropout=0.0, solver=Gmres(1e-3))).float().cuda()
     x, gradients = example_input("conv").float().cuda(), []
     for precision in ("float32", "fast"):
         twin = copy.deepcopy(block)
@@ -67,7 +67,8 @@ def test_a_step_of_fast_is_close_to_that_of_float32() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_time_steps_are_those_that_are_not(kind: str) -> None:
+def test_compiled_time_steps_are_those_that_are_not(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # the weights of 4 steps are compared
     block = warmed_up(small_block(kind, dropout=0.3, precision="exact", solver=Gmres(1e-4))).float().cuda().train()
     graphed = copy.deepcopy(block)
     graphed.compile_ = True
@@ -114,12 +115,12 @@ def test_a_training_step_waits_for_the_host_once(kind: str, compile: bool) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_solve_ahead_of_the_host_is_the_one_that_asks(kind: str) -> None:
     block = warmed_up(small_block(kind, precision="exact", solver=Gmres(1e-3))).float().cuda().train()
-    gradients = []
+    x, gradients = example_input(kind).float().cuda(), []
     for ahead in (True, False):
         twin = copy.deepcopy(block)
         if not ahead:
             twin._solves.ahead = lambda *_, **__: None
-        twin(example_input(kind).float().cuda()).square().sum().backward()
+        twin(x).square().sum().backward()
         gradients.append([p.grad for p in twin.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

@@ -8,13 +8,15 @@ import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from conftest import PROJECT
 from torch import Tensor
 
-from ide_snn import NeuronParams
+from ide_snn import NeuronParams, graphs
 from ide_snn.graphs import GraphedCall
 from ide_snn.kernels import apply_slope, available, in_layout_of, masked_update_, neuron_step_, residual
 from ide_snn.neurons import step
@@ -340,6 +342,67 @@ def test_graphs_need_a_gpu(monkeypatch) -> None:
         call()
     with pytest.raises(ValueError, match="at least 1"):
         GraphedCall(torch.relu, warm_up=0)
+
+
+class StandIn:
+    """A stream or a graph, without a GPU."""
+
+    current: Any = None
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def wait_stream(self, _: Any) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+class Capture(StandIn):
+    fails: type[RuntimeError] | None = None
+
+    def __exit__(self, *_: Any) -> None:
+        if self.fails is not None:
+            StandIn.current = "the side stream"  # torch's own capture leaves it so where its end fails
+            raise self.fails("operation failed due to a previous error during capture")
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    start = StandIn()
+    for name in ("Stream", "CUDAGraph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, StandIn)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(StandIn, "current", start)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: StandIn.current)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(StandIn, "current", stream))
+    graphs._side_stream.cache_clear()
+    yield
+    assert StandIn.current is start
+    graphs._side_stream.cache_clear()
+
+
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize(
+    ("error", "message"), [(RuntimeError, "cannot be captured"), (torch.OutOfMemoryError, "^operation failed")]
+)
+def test_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch, error, message) -> None:
+    monkeypatch.setattr(Capture, "fails", error)
+    with pytest.raises(error, match=message):
+        GraphedCall(torch.relu)._record((torch.ones(3),))
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_what_is_captured_in_inference_mode_serves_training() -> None:
+    with torch.inference_mode():
+        captured = GraphedCall(torch.relu)._record((torch.ones(3),))
+    captured.inputs[0].copy_(torch.zeros(3))
 
 
 def test_copies_of_a_graphed_call_start_empty_and_call_the_copied_owner(monkeypatch) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ide_snn.analysis.observe import Observation, Site, call_prefix, evaluation_mode
 from ide_snn.block import FeedbackSNN
 from ide_snn.monitor import feedback_blocks
+from ide_snn.precision import products_rounded
 from ide_snn.solvers import SOLVERS, LinearProblem, Solver, solve
 
 __all__ = ["SolverTrace", "cotangents", "residual_per_step", "solver_residuals"]
@@ -60,12 +61,13 @@ def solver_residuals(
     traces: dict[str, list[SolverTrace]] = {}
     found = cotangents(observation, labels, loss)
     for site in observation.sites:
-        problem = _problem(site, found[site.prefix])
+        problem, precision = _problem(site, found[site.prefix]), site.block.precision
         own = site.block.solver
         traces[site.prefix] = []
         for name, kind in SOLVERS.items():
             solver: Solver = own if isinstance(own, kind) else kind(tol=own.tol, max_steps=own.max_steps)
-            outcome, residual = residual_per_step(problem, solver)
+            with products_rounded(precision, site.x.device):
+                outcome, residual = residual_per_step(problem, solver)
             traces[site.prefix].append(
                 SolverTrace(name, repr(solver), isinstance(own, kind), outcome, residual, solver.tol)
             )

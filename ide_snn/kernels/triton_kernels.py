@@ -47,7 +47,8 @@ def neuron_step(
     if count_ptr is not None:
         count = tl.load(count_ptr + at, mask=inside, other=0)
     u = u + current
-    spikes = (u >= V_THRESHOLD).to(u.dtype)
+    # a comparison would round a bare constant to float32
+    spikes = (u >= tl.full([], V_THRESHOLD, u.dtype)).to(u.dtype)
     u = u - spikes * V_THRESHOLD
     if LEAK != 1:
         u = u * LEAK
@@ -71,6 +72,8 @@ def apply_slope(v_ptr, mask_ptr, out_ptr, n, SCALE: tl.constexpr, BLOCK: tl.cons
         v = v.to(tl.float32)
     mask = tl.load(mask_ptr + at, mask=inside, other=0).to(v.dtype)
     product = v * (mask * SCALE)
+    if out_ptr.dtype.element_ty != tl.float64:
+        product = product.to(tl.float32)  # as torch rounds float64 to 16 bits
     tl.store(out_ptr + at, product.to(out_ptr.dtype.element_ty), mask=inside)
 
 

@@ -267,9 +267,9 @@ def _unit(problem: LinearProblem) -> Tensor:
     """
     b = problem.rhs.detach()
     size = b.abs().amax() if problem.coupled else b.abs().unsqueeze(-1).amax(dim=tuple(range(1, b.dim() + 1)))
-    _, exponent = torch.frexp(size)
+    mantissa, _ = torch.frexp(size)
     limit = math.frexp(torch.finfo(b.dtype).max)[1] - 2
-    unit = torch.ldexp(torch.ones_like(size), exponent.clamp(-limit, limit))
+    unit = (size / mantissa).clamp(2.0**-limit, 2.0**limit)  # exact on every device, as ldexp need not be
     return _per_group(torch.where(size.isfinite() & (size > 0), unit, 1.0), problem)
 
 
