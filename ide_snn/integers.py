@@ -46,7 +46,7 @@ _own = threading.local()
 class _Pack(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("inputs", "outputs", "blocks", "by_outputs", "apart")),
-        *((name, ctypes.c_void_p) for name in ("matrix", "scale", "packed", "unit")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "packed", "unit")),
         ("next", ctypes.c_int64),
     ]
 
@@ -54,7 +54,7 @@ class _Pack(ctypes.Structure):
 class _Whole(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
-        *((name, ctypes.c_void_p) for name in ("packed", "unit", "scale")),
+        *((name, ctypes.c_void_p) for name in ("weight", "unit", "scale")),
     ]
 
 
@@ -102,7 +102,7 @@ class IntegerProduct:
     def take(self, x: Tensor, matrix: Tensor, y: Tensor) -> None:
         """Multiply x with the matrix into y [B, outputs] from now on; they must stay."""
         packing, multiplying = self.stages
-        packing.work.matrix = matrix.data_ptr()
+        packing.work.weight = matrix.data_ptr()
         multiplying.work.x, multiplying.work.y = x.data_ptr(), y.data_ptr()
 
 
@@ -129,7 +129,7 @@ def rows_packing(matrix: Tensor) -> Stage:
     """
     assert len(matrix) <= MOST_INPUTS  # sums might overflow
     stage = _packing(*matrix.shape, apart=True)
-    stage.work.matrix = matrix.data_ptr()
+    stage.work.weight = matrix.data_ptr()
     stage.run()
     return replace(stage, keep=(*stage.keep, matrix))
 
