@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ide_snn import integers, native
 from ide_snn.layers import Affine
-from ide_snn.native import Stage, pointer
+from ide_snn.native import Factor, Stage, pointer
 from ide_snn.products import product
-from ide_snn.solvers.vectors import Factor
 
 # Samples that share each reading of the weight; their vectors fit the second-level cache.
 TOGETHER = 32

@@ -25,6 +25,7 @@ from ide_snn.dense import DenseMap
 from ide_snn.event_driven import EventMap, channels_last
 from ide_snn.firing import fire, fire_
 from ide_snn.layers import FixedConnection
+from ide_snn.native import Factor
 from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
 from ide_snn.operators import Operator
@@ -32,7 +33,6 @@ from ide_snn.precision import Precision, rounds_convolutions
 from ide_snn.simulation import EVENT_PATHS, Path
 from ide_snn.solvers import LinearProblem, Rough
 from ide_snn.solvers.ahead import Ahead
-from ide_snn.solvers.vectors import Factor
 from ide_snn.torch_modules import returns_what_nobody_keeps
 
 Products = Literal["auto", "analytic", "autograd"]

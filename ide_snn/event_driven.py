@@ -32,10 +32,9 @@ from torch import Tensor
 from ide_snn import event_works as works
 from ide_snn import memory, native
 from ide_snn.layers import Affine
-from ide_snn.native import Stage, pointer
+from ide_snn.native import Factor, Stage, pointer
 from ide_snn.neurons import NeuronParams
 from ide_snn.reach import Reach
-from ide_snn.solvers.vectors import Factor
 
 LANES, STRETCH = 16, 512  # of csrc/events.c
 MAX_BLOCK = 64  # output channels whose sums fit the registers; LANES of a linear map, whose rows then fit the cache

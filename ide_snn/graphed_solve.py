@@ -18,7 +18,7 @@ from ide_snn.layers import Affine
 from ide_snn.precision import Precision
 from ide_snn.solvers.ahead import Ahead, Attempt, Foresight
 from ide_snn.solvers.layout import Layout
-from ide_snn.solvers.vectors import Terms
+from ide_snn.solvers.runs import Terms
 
 
 class GraphedSolves:

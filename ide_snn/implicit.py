@@ -85,6 +85,15 @@ def attach_gradient(
 
     Updates the running statistics of the chain's batch norms that are in training mode, once.
 
+    The application of f that the parameters' gradient needs serves the solve, too, where J is to be taken at the rates
+    with f's own statistics; otherwise f is applied once more, before the running statistics are updated:
+
+        J at the rates, no batch norm, event-driven         both written out (`chain`)
+        J at the rates, no batch norm, known connections    the slopes of f's application
+        J at the rates, batch statistics, or own modules    the graph of f's application
+        J at the rates, running statistics, event-driven    the slopes of another one; the first products are shared
+        anything else                                       another one (`_jacobian`)
+
     Args:
         rates: the point; carries no graph.
         f: the equilibrium map of this forward.

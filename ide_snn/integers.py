@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from ide_snn import native
-from ide_snn.native import Stage, Stages, pointer
+from ide_snn.native import Factor, Stage, Stages, pointer
 from ide_snn.once import differentiable_once
 from ide_snn.operators import Operator
 from ide_snn.products import product_stage
-from ide_snn.solvers.vectors import Factor
 
 TOGETHER = 256  # vectors whose whole numbers fit the second-level cache beside a block of the matrix,
 FEW_TOGETHER = 32  # and with the places of those that are not 0 the first

@@ -43,6 +43,7 @@ FLAGS_OF = {"dense": ("-ffp-contract=fast",)}
 
 MOST_KEPT = 1 << 26  # bytes of scratch memory, per thread
 COUNTERS = ("next", "threads", "finished", "phases", "entered", "left")  # fields of works that kernels count in
+LINE = 64  # bytes that are read and written together
 WORTH_THREADS = 1 << 16  # numbers: below, waking them costs more than they save
 
 
@@ -123,6 +124,28 @@ def run(name: str, kernel: str, work: ctypes.Structure, elements: int, most: int
     function(argument)
     for thread in others:
         thread.join()
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A linear map of single samples as a kernel `Apply` (csrc/apply.h).
+
+    Attributes:
+        library, kernel: csrc/`library`.c and the function in it.
+        work, keep: what the function is given, and everything that it points to.
+        size: numbers per sample of the result.
+        together: samples that are best multiplied at a time.
+        scratch, scratch_each: bytes that a thread needs, and those for every sample that is multiplied at a time.
+    """
+
+    library: str
+    kernel: str
+    work: ctypes.Structure
+    keep: tuple[Any, ...]
+    size: int
+    together: int = 1
+    scratch: int = 0
+    scratch_each: int = 0
 
 
 class _Stage(ctypes.Structure):
@@ -223,6 +246,11 @@ def scratch(size: int, *, own: bool = False) -> torch.Tensor:
         if size <= MOST_KEPT:
             _own.memory = memory
     return memory
+
+
+def lines(size: int) -> int:
+    """Bytes in whole lines."""
+    return -(-size // LINE) * LINE
 
 
 def address(name: str, kernel: str) -> int:

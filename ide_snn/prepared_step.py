@@ -51,7 +51,7 @@ from ide_snn.products import product_stage
 from ide_snn.readout import Readout
 from ide_snn.simulation import Path
 from ide_snn.solvers import Gmres, LinearProblem, Solution, solve
-from ide_snn.solvers.vectors import PreparedGmres
+from ide_snn.solvers.krylov import PreparedGmres
 
 EAGER = "set compile=False (block.compile_ = False)"
 REFUSED_MANY = (

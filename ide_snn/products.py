@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ide_snn import native
-from ide_snn.native import Stage
-from ide_snn.solvers.vectors import Factor, lines
+from ide_snn.native import Factor, Stage, lines
 
 
 class _Product(ctypes.Structure):

@@ -15,7 +15,7 @@ from torch import nn
 import ide_snn.kernels.neuron
 from ide_snn import FeedbackSNN, Gmres
 from ide_snn.solvers.ahead import Ahead
-from ide_snn.solvers.vectors import Run
+from ide_snn.solvers.runs import Run
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from ide_snn import (
     spectral,
 )
 from ide_snn.event_driven import LANES, STRETCH
-from ide_snn.solvers import vectors
+from ide_snn.solvers import krylov
 
 REASON = native.why_unavailable("events")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")
@@ -49,9 +49,9 @@ STRUCTURES: dict[tuple[str, str], type[ctypes.Structure]] = {
     ("features.c", "Forward"): input_stage._Forward,
     ("integers.c", "Pack"): integers._Pack,
     ("integers.c", "Whole"): integers._Whole,
-    ("krylov.c", "Factor"): vectors._Factor,
-    ("krylov.c", "Solve"): vectors._Solve,
-    ("krylov.c", "Work"): vectors._Work,
+    ("krylov.c", "Factor"): krylov._Factor,
+    ("krylov.c", "Solve"): krylov._Solve,
+    ("krylov.c", "Work"): krylov._Work,
     ("normalised.c", "Cotangents"): normalised._Cotangents,
     ("normalised.c", "Moments"): normalised._Moments,
     ("normalised.c", "Numbers"): normalised._Numbers,

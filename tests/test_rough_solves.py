@@ -9,10 +9,10 @@ from torch import Tensor
 from ide_snn import Gmres
 from ide_snn.dense import DenseMap
 from ide_snn.layers import Affine
+from ide_snn.native import Factor
 from ide_snn.operators import Operator
 from ide_snn.solvers import LinearProblem, Outcome, Rough, Solution, solve
 from ide_snn.solvers.base import Workspace
-from ide_snn.solvers.vectors import Factor
 
 TOL = 1e-2
 

@@ -18,10 +18,10 @@ from ide_snn.dense import DenseMap
 from ide_snn.equilibrium import BFLOAT16_NOISE, AnalyticLinearisation, EquilibriumMap
 from ide_snn.event_driven import EventMap
 from ide_snn.layers import Affine
+from ide_snn.native import Factor
 from ide_snn.operators import Operator
 from ide_snn.precision import rounds_convolutions
 from ide_snn.solvers import LinearProblem, Outcome, Rough, solve
-from ide_snn.solvers.vectors import Factor
 from ide_snn.spiking import operator_gradients
 
 REASON = native.why_unavailable("events")

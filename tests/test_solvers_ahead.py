@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from ide_snn.solvers import Gmres, LinearProblem, Outcome, Solution, solve
 from ide_snn.solvers.ahead import PATIENCE, Ahead, Foresight
 from ide_snn.solvers.layout import Layout
-from ide_snn.solvers.vectors import Terms
+from ide_snn.solvers.runs import Terms
 
 
 def system(

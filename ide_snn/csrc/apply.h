@@ -1,4 +1,4 @@
-/* Linear maps of single samples that other kernels call; ide_snn/solvers/vectors.py has them as `Factor`. */
+/* Linear maps of single samples that other kernels call; ide_snn/native.py has them as `Factor`. */
 
 #pragma once
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ide_snn.kernels.krylov import arnoldi_step_, combine, least_squares, normalise_
 from ide_snn.solvers.layout import Layout
-from ide_snn.solvers.vectors import Array, Run, Terms, largest, relative
+from ide_snn.solvers.runs import Array, Run, Terms, largest, relative
 
 PATIENCE = 32  # runs that take fewer dimensions before fewer are computed
 

@@ -24,14 +24,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ide_snn.native import Factor
+from ide_snn.solvers.krylov import rescaled, residual_
 from ide_snn.solvers.layout import Layout
 from ide_snn.solvers.problems import FixedPointProblem, LinearProblem, Problem, Rough
-from ide_snn.solvers.vectors import Factor, Run, largest, relative, rescaled, residual_
-
-Array = NDArray[np.float64]
+from ide_snn.solvers.runs import Array, Run, largest, relative
 
 # A residual that has grown this much over the best one seen will not come back.
 DIVERGENCE_FACTOR = 1e4

@@ -11,15 +11,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ide_snn.kernels.krylov import normalise_, orthogonalised
 from ide_snn.solvers.base import Advance, Workspace, check_settings, require_count
+from ide_snn.solvers.krylov import gmres
 from ide_snn.solvers.problems import FixedPointProblem, LinearProblem, Rough
-from ide_snn.solvers.vectors import Run, Terms, gmres, largest, relative
+from ide_snn.solvers.runs import Array, Run, Terms, largest, relative
 
-Array = NDArray[np.float64]
 LEAST_TOL_TO_NOISE = 5  # of solves that begin with rough products
 
 

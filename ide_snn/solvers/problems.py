@@ -7,8 +7,8 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
+from ide_snn.native import Factor
 from ide_snn.solvers.ahead import Ahead
-from ide_snn.solvers.vectors import Factor
 
 
 @dataclass(frozen=True)
