@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ide_snn import input_stage, integers, normalised
+from ide_snn import conv_rates, input_stage, integers
 from ide_snn.bptt import Bptt, Frames, through_time
 from ide_snn.compiled import CompiledSteps
 from ide_snn.equilibrium import EquilibriumMap
@@ -384,8 +384,8 @@ class _Moment:
             apply = integers.apply
         if apply is integers.apply and input_stage.suits(first, len(x)):
             drive = input_stage.respond(first, mean_input)
-        elif path in EVENT_PATHS and normalised.suits(first, len(mean_input)):
-            drive = normalised.respond(first, first.product(mean_input, apply))
+        elif path in EVENT_PATHS and conv_rates.suits(first, len(mean_input)):
+            drive = conv_rates.respond(first, first.product(mean_input, apply))
         else:
             drive = first.respond(mean_input, "batch", update_running=True, apply=apply)
         value = drive.detach()

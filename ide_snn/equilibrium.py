@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from ide_snn import convolutions, integers, normalised
+from ide_snn import conv_rates, convolutions, integers
 from ide_snn.convolutions import SPARSE_BESIDE_BFLOAT16, RoundedMap, is_sparse
 from ide_snn.dense import DenseMap
 from ide_snn.event_driven import EventMap, channels_last
@@ -156,10 +156,10 @@ class EquilibriumMap:
         """(rate, slope, response with running statistics if `shared`) of one connection of `rates_and_slopes`."""
         link, threshold, rounded = self.chain[number], self.neuron.v_threshold, self.rounds_convolutions
         known = None
-        if number and normalised.suits(link, len(a)):
+        if number and conv_rates.suits(link, len(a)):
             y = link.product(a, functools.partial(convolutions.apply, rounded=rounded, as_computed=True))
             is_rounded = self._takes_bfloat16(number + 1)
-            rate, slope = normalised.rates(link, y, threshold, rounded=is_rounded, with_slope=with_slope)
+            rate, slope = conv_rates.rates(link, y, threshold, rounded=is_rounded, with_slope=with_slope)
             if shared:
                 known = Known(y.detach(), link.folded[0], link.plain.bias)
             return rate, slope, known
@@ -203,7 +203,7 @@ class EquilibriumMap:
             else:
                 y, factor, shift = convolutions.linear(affine, a, rounded=rounded), None, affine.bias
             inputs.append(a)
-            behind = normalised.response(y, factor, shift, link.gain, threshold)
+            behind = conv_rates.response(y, factor, shift, link.gain, threshold)
             a, slopes_of_a = behind.fire(rounded=self._takes_bfloat16(number + 1))
             assert slopes_of_a is not None  # asked for
             slopes.append(slopes_of_a)

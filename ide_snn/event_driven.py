@@ -46,7 +46,7 @@ LEVELS = 32767  # largest sum of them
 MOST_INPUTS = 4096  # of an output: rounding then moves a weight by some 1.6 % of their root mean square
 
 
-KERNELS = ("events", "krylov", "elementwise", "normalised", "dense", "product")
+KERNELS = ("events", "krylov", "elementwise", "conv_rates", "dense", "product")
 
 
 def why_not(maps: Sequence[object]) -> str | None:

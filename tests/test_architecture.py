@@ -45,7 +45,7 @@ LAYERS = [
     "event_driven",
     "convolutions",
     "firing",
-    "normalised",
+    "conv_rates",
     "simulation",
     "graphed_simulation",
     "equilibrium",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ide_snn import (
+    conv_rates,
     convolutions,
     dense,
     dropout,
@@ -18,7 +19,6 @@ from ide_snn import (
     input_stage,
     integers,
     native,
-    normalised,
     products,
     readout,
     spectral,
@@ -52,11 +52,11 @@ STRUCTURES: dict[tuple[str, str], type[ctypes.Structure]] = {
     ("krylov.c", "Factor"): krylov._Factor,
     ("krylov.c", "Solve"): krylov._Solve,
     ("krylov.c", "Work"): krylov._Work,
-    ("normalised.c", "Cotangents"): normalised._Cotangents,
-    ("normalised.c", "Moments"): normalised._Moments,
-    ("normalised.c", "Numbers"): normalised._Numbers,
-    ("normalised.c", "Rates"): normalised._Rates,
-    ("normalised.c", "Response"): normalised._Response,
+    ("conv_rates.c", "Cotangents"): conv_rates._Cotangents,
+    ("conv_rates.c", "Moments"): conv_rates._Moments,
+    ("conv_rates.c", "Numbers"): conv_rates._Numbers,
+    ("conv_rates.c", "Rates"): conv_rates._Rates,
+    ("conv_rates.c", "Response"): conv_rates._Response,
     ("product.c", "Product"): products._Product,
     ("readout.c", "Combine"): readout._Combine,
     ("readout.c", "Dots"): readout._Dots,
@@ -69,7 +69,7 @@ STRUCTURES: dict[tuple[str, str], type[ctypes.Structure]] = {
 CONSTANTS = {
     ("events.c", "LANES"): LANES,
     ("events.c", "STRETCH"): STRETCH,
-    ("normalised.c", "ROWS"): normalised.ROWS,
+    ("conv_rates.c", "ROWS"): conv_rates.ROWS,
     ("vectors.h", "SPARE"): integers.SPARE,
 }
 SOURCES = sorted({source for source, _ in (*STRUCTURES, *CONSTANTS)})

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ide_snn import Connection, FeedbackSNN, native, normalised
+from ide_snn import Connection, FeedbackSNN, conv_rates, native
+from ide_snn.conv_rates import ROWS, response, suits
 from ide_snn.distributed import Ranks
 from ide_snn.firing import fire_
 from ide_snn.layers import FixedConnection
-from ide_snn.normalised import ROWS, response, suits
 from ide_snn.normalization import synchronised
 
-REASON = native.why_unavailable("normalised")
+REASON = native.why_unavailable("conv_rates")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")
 SHAPES = [(2, 5, 3, 7), (32, 16, 8, 8), (3, 600, 9, 5), (1, 1, ROWS, 2), (300, 3, 16, 16)]
 CHANNELS_LAST = torch.channels_last
@@ -54,9 +54,9 @@ def by_kernels(y: Tensor, link: FixedConnection, threshold: float | None, **opti
     bn = link.connection.bn
     y = y.detach().requires_grad_()
     if threshold is None:
-        z = normalised.respond(link, y)
+        z = conv_rates.respond(link, y)
     else:
-        z, _ = normalised.rates(link, y, threshold, **{"rounded": False, "with_slope": False, **options})
+        z, _ = conv_rates.rates(link, y, threshold, **{"rounded": False, "with_slope": False, **options})
     z.backward(numbers(*y.shape, seed=7).to(z.dtype))
     return z.detach(), y.grad, bn.weight.grad, bn.bias.grad, bn.running_mean, bn.running_var
 
@@ -229,11 +229,11 @@ def trained(block: FeedbackSNN, steps: int = 3) -> list[Tensor]:
 
 def test_a_network_trains_as_by_torchs_batch_norm(monkeypatch) -> None:
     calls = []
-    fire = normalised._fire
-    monkeypatch.setattr(normalised, "_fire", lambda *a, **k: (calls.append(1), fire(*a, **k))[1])
+    fire = conv_rates._fire
+    monkeypatch.setattr(conv_rates, "_fire", lambda *a, **k: (calls.append(1), fire(*a, **k))[1])
     found = trained(network())
     assert len(calls) == 3 * 3  # input stage and two layers, each step
-    monkeypatch.setattr(normalised, "suits", lambda *_: False)
+    monkeypatch.setattr(conv_rates, "suits", lambda *_: False)
     exact = trained(network())
     assert len(calls) == 3 * 3
     for mine, theirs in zip(found, exact, strict=True):
@@ -244,7 +244,7 @@ def test_parameters_that_changed_before_the_backward_are_noticed() -> None:
     shape = (4, 6, 5, 5)
     link = fixed(shape)
     y = numbers(*shape).requires_grad_()
-    value = normalised.respond(link, y)
+    value = conv_rates.respond(link, y)
     with torch.no_grad():
         link.connection.bn.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -284,7 +284,7 @@ def test_input_stages_that_are_not_the_kernels(change: str, has_time: bool, drop
             trained_as("exact")
         return
     found = trained_as("exact")
-    monkeypatch.setattr(normalised, "suits", lambda *_: False)
+    monkeypatch.setattr(conv_rates, "suits", lambda *_: False)
     for mine, theirs in zip(found, trained_as("exact" if dropout else "float32"), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
@@ -341,7 +341,7 @@ def test_responses_gains_and_cotangents_may_lie_otherwise() -> None:
     exact = by_torch(given, fixed(shape), 1.5)
     object.__setattr__(link, "gain", link.gain.contiguous())
     y = given.contiguous().requires_grad_()
-    rate, slope = normalised.rates(link, y, 1.5, rounded=False, with_slope=True)
+    rate, slope = conv_rates.rates(link, y, 1.5, rounded=False, with_slope=True)
     assert slope.shape == shape
     rate.backward(numbers(*shape, seed=7).contiguous())
     for mine, theirs in zip((rate.detach(), y.grad), exact[:2], strict=True):
@@ -356,11 +356,11 @@ def test_responses_gains_and_cotangents_may_lie_otherwise() -> None:
 
 def test_what_nobody_asks_for_is_not_computed(monkeypatch) -> None:
     ran = []
-    run = normalised._run
-    monkeypatch.setattr(normalised, "_run", lambda kernel, *a: (ran.append(kernel), run(kernel, *a))[1])
+    run = conv_rates._run
+    monkeypatch.setattr(conv_rates, "_run", lambda kernel, *a: (ran.append(kernel), run(kernel, *a))[1])
     shape = (8, 6, 5, 7)
     link, y = fixed(shape), numbers(*shape)
-    normalised.respond(link, y).square().sum().backward()
+    conv_rates.respond(link, y).square().sum().backward()
     assert ran == ["moments", "moments", "rates", "sums"]
     exact = by_torch(y, fixed(shape), None)
     assert link.connection.bn.weight.grad.shape == exact[2].shape

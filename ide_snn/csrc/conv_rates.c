@@ -1,4 +1,4 @@
-/* Responses that batch norm normalises, the firing rates they cause, and the derivatives of both; ide_snn/normalised.py has the mathematics.
+/* Responses that batch norm normalises, the firing rates they cause, and the derivatives of both; ide_snn/conv_rates.py has the mathematics.
  * Tensors are [rows][channels], as images are that lie channels-last: a row is one position of one sample. Responses,
  * rates and cotangents are float32 or bfloat16. Threads take shares of the rows from a shared counter; sums over the rows of a share are
  * results of their own, so that they do not depend on who took it. */

@@ -37,7 +37,7 @@ from ide_snn.normalization import BatchNorm, update_running_statistics
 from ide_snn.once import differentiable_once
 from ide_snn.torch_modules import returns_what_nobody_keeps
 
-ROWS = 64  # of a share, as in csrc/normalised.c
+ROWS = 64  # of a share, as in csrc/conv_rates.c
 
 
 class _Numbers(ctypes.Structure):
@@ -245,4 +245,4 @@ def _mean(sums: Tensor, y: Tensor) -> Tensor:
 
 
 def _run(kernel: str, work: ctypes.Structure, y: Tensor) -> None:
-    native.run("normalised", kernel, work, y.numel())
+    native.run("conv_rates", kernel, work, y.numel())
