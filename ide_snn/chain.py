@@ -31,7 +31,7 @@ from ide_snn.operators import Operator
 from ide_snn.simulation import EVENT_PATHS
 from ide_snn.spiking import operator_gradients
 
-UNROLLED = ": use gradient=Unrolled(), whose steps are plain operations with precision='float32'"
+UNROLLED = ": gradient=Unrolled() can, with precision='float32' and another constraint than spectral_matrix"
 Solve = Callable[[AnalyticLinearisation, Tensor], Tensor]
 
 

@@ -117,8 +117,8 @@ class CompiledSteps:
         latest = self._latest
         try:
             kept = latest[1] if latest is not None and latest[0] == key else self._plans.get(key)
-        except TypeError:  # a subclass with an __eq__ of its own
-            self._say_no(block, "a setting is of your own kind and cannot be hashed")
+        except (TypeError, ValueError, RuntimeError):  # a setting with an __eq__ of its own, or with tensors, arrays
+            self._say_no(block, "a setting is of your own kind and cannot be hashed or compared")
             return None
         if kept is None or not kept.watch.is_as_it_was(block):
             if readout is not None and not _suits(readout, block):
@@ -224,9 +224,13 @@ def _why_not_constraint(op: nn.Module) -> str | None:
     kinds = cast(nn.ModuleDict, op.parametrizations)
     if type(constraint) not in (SpectralMatrix, SpectralMatrixFirstDim) or has_own_methods(constraint):
         return "of constraints, it knows spectral_matrix"
-    if list(kinds) != ["weight"] or len(cast(nn.ModuleList, kinds["weight"])) != 1:
+    if list(kinds) != ["weight"] or len(cast(nn.ModuleList, kinds["weight"])) != 1 or not _is_torchs(kinds["weight"]):
         return "the feedback has a parametrization of its own"
     return None
+
+
+def _is_torchs(inner: nn.Module) -> bool:
+    return type(inner) is parametrize.ParametrizationList and not has_own_methods(inner)
 
 
 def _why_not_hooks(block: Block) -> str | None:
@@ -280,7 +284,7 @@ class _Watch:
 
     def __init__(self, block: Block, readout: nn.Linear | None) -> None:
         self._owners: list[tuple[dict[str, Any], str, Any]] = []  # who is where
-        self._modules, self._root = [cast(nn.Module, block)], block._modules
+        self._modules, self._root = [cast(nn.Module, block)], vars(block)
         self._look_at(block._modules, ("input", "feedback"))
         if readout is not None:
             self._look_at({"readout": readout}, ("readout",))
@@ -301,7 +305,7 @@ class _Watch:
                 self._look_at(inner._modules, inner._modules)
 
     def is_as_it_was(self, block: Block) -> bool:
-        if block._modules is not self._root:  # a shallow copy has the plans of the other
+        if vars(block) is not self._root:  # a shallow copy has the plans of the other
             return False
         for owner, name, what in self._owners:
             if owner.get(name) is not what:
@@ -312,7 +316,7 @@ class _Watch:
         return [
             *(own[name] for own, name in self._settings),
             *(len(own[name]) for own, name in self._counted),
-            *((type(module), len(module.__dict__)) for module in self._modules),  # more: a method of somebody's own
+            *((type(module), *module.__dict__) for module in self._modules),  # a new one: a method of somebody's own
         ]
 
     def _addresses_now(self) -> list[Any]:

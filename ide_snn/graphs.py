@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+_own = threading.local()
 
 Result = TypeVar("Result")  # a tensor, or a tuple of them
 
@@ -132,10 +134,12 @@ class GraphedCall(Generic[Result]):
         return _Captured(graph, inputs, outputs)
 
 
-@functools.cache
-def _side_stream(_device: int) -> torch.cuda.Stream:
-    """For captures; one, since cuBLAS keeps a workspace for every stream."""
-    return torch.cuda.Stream()
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """For captures of this thread; one, since cuBLAS keeps a workspace for every stream."""
+    streams: dict[int, torch.cuda.Stream] = _own.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
 
 
 class Graphs:

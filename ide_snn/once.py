@@ -32,12 +32,14 @@ def differentiable_once(what: str, remedy: str = "") -> Callable[[Backward], Bac
     def decorated(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def once(ctx: Any, *cotangents: Tensor) -> Gradients:
+            # nothing that is kept may keep the graph of a cotangent, which leads back here
+            plain = (c.detach() if c is not None and c.requires_grad else c for c in cotangents)
             with torch.no_grad():
-                gradients = backward(ctx, *cotangents)
+                gradients = backward(ctx, *plain)
             if not torch.is_grad_enabled():  # that is create_graph
                 return gradients
-            sources = *cotangents, *_leaves_of(ctx)
-            return tuple(None if g is None else _Once.apply(g, message, *sources) for g in gradients)
+            link = _Link.apply(message, *cotangents, *_leaves_of(ctx))
+            return tuple(None if g is None else _Once.apply(g, link) for g in gradients)
 
         return once
 
@@ -51,15 +53,30 @@ def _leaves_of(node: Any) -> list[Tensor]:
         following = {edge[0] for edge in waiting.pop().next_functions if edge[0] is not None} - seen
         seen |= following
         waiting += following
-        leaves += [leaf.variable for leaf in following if leaf.name() == "torch::autograd::AccumulateGrad"]
+        # nodes of users' functions may have any attributes, so only their types are asked
+        leaves += [leaf.variable for leaf in following if type(leaf).__name__ == "AccumulateGrad"]
     return leaves
 
 
 class _Once(torch.autograd.Function):
+    """The gradient, which depends on the link, too."""
+
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, message: str, *_sources: Tensor) -> Tensor:
-        ctx.message = message
+    def forward(_ctx: Any, gradient: Tensor, _link: Tensor) -> Tensor:
         return gradient.clone()  # a view would refuse in-place changes, as optimizers and hooks make them
+
+    @staticmethod
+    def backward(_ctx: Any, cotangent: Tensor) -> Gradients:
+        return None, cotangent.new_zeros(())
+
+
+class _Link(torch.autograd.Function):
+    """A number that cannot be differentiated in its sources."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, *_sources: Tensor) -> Tensor:
+        ctx.message = message
+        return torch.zeros(())
 
     @staticmethod
     def backward(ctx: Any, _cotangent: Tensor) -> Gradients:

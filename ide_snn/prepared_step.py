@@ -339,7 +339,7 @@ class _Step(torch.autograd.Function):
         return lease.slot.forward(x)
 
     @staticmethod
-    @differentiable_once("a compiled training step", f"{UNROLLED}, or for the layer behind the block {EAGER}")
+    @differentiable_once("a compiled training step", f"{UNROLLED}; for the layer behind the block {EAGER}")
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         x, *_ = ctx.saved_tensors
         slot, needed = ctx.lease.slot, ctx.needs_input_grad[2:]

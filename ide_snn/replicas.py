@@ -47,8 +47,7 @@ class Replicas:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._asked: Tensor | None = None
-        constraints = filter(None, map(get_constraint, model.modules()))
-        self._estimates = [buffer for constraint in constraints for buffer in constraint.buffers()]
+        self._constraints = list(filter(None, map(get_constraint, model.modules())))
 
     def begin(self, train: Batches) -> Batches:
         """Gives all ranks the weights and buffers of rank 0; returns this rank's share of the training batches.
@@ -96,8 +95,9 @@ class Replicas:
             groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
         for key, parameters in groups.items():
             self._asked = self._sum_group(key, parameters, wants_to_stop)
-        if any(estimate.is_cuda for estimate in self._estimates):  # cuDNN need not give two ranks the same bits
-            self.ranks.copy_from_first_(self._estimates)
+        estimates = [buffer for constraint in self._constraints for buffer in constraint.buffers()]
+        if any(estimate.is_cuda for estimate in estimates):  # cuDNN need not give two ranks the same bits
+            self.ranks.copy_from_first_(estimates)
 
     @torch.no_grad()
     def _sum_group(

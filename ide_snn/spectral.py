@@ -145,7 +145,7 @@ class OfUnitNorm(torch.autograd.Function):
         return weight * scale
 
     @staticmethod
-    @differentiable_once("a normalised weight")
+    @differentiable_once("a weight of constraint spectral_matrix", ": those of spectral_operator can")
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight, alpha, u, v, s, scale = ctx.saved_tensors
         if ctx.native and all(ctx.needs_input_grad[:2]):

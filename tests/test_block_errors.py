@@ -142,6 +142,7 @@ def test_what_a_solver_of_ones_own_lacks_is_said() -> None:
         (Gmres, r"a custom one with begin, tol and max_steps .*, got <class"),
         (nn.Identity(), r"a custom one with begin, tol and max_steps .*, got Identity"),
         (Own(tol=-1), "tol must be a positive finite number"),
+        (Own(tol="1e-3"), "tol must be a positive finite number"),
     ):
         with pytest.raises(ValueError, match=message):
             block.solver = wrong

@@ -10,8 +10,9 @@ import torch
 from compiled_blocks import REASON, assert_close, block, images, is_compiled, step
 from torch import Tensor
 
-from ide_snn import Connection, FeedbackSNN, Implicit
+from ide_snn import Connection, FeedbackSNN, FixedPoint, Implicit
 from ide_snn.optimizations import get_constraint
+from ide_snn.solvers.base import Method, Workspace
 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")
 
@@ -51,11 +52,30 @@ def own_gradient(net: FeedbackSNN) -> None:
     net._attach = lambda *given: 2 * attach(*given)
 
 
+def own_parametrizations(net: FeedbackSNN) -> None:
+    inner = net.feedback.op.parametrizations["weight"]
+    forward = inner.forward
+    inner.forward = lambda: 2 * forward()
+
+
+def own_gradient_for_a_note(net: FeedbackSNN) -> None:
+    net.note = None
+    step(net, images())
+    del net.note
+    own_gradient(net)
+
+
 def own_connection(net: FeedbackSNN) -> None:
     net.feedback.__class__ = OwnConnection
 
 
-@pytest.mark.parametrize("change", [own_draw, own_constraint, own_update, own_gradient, own_connection])
+OWN = [
+    *(own_draw, own_constraint, own_update, own_gradient, own_parametrizations, own_gradient_for_a_note),
+    own_connection,
+]
+
+
+@pytest.mark.parametrize("change", OWN)
 @pytest.mark.parametrize("there_is_a_plan", [False, True])
 def test_methods_of_ones_own_are_called(change: Any, there_is_a_plan: bool) -> None:
     nets = block(compile=None), block(compile=False)
@@ -99,4 +119,21 @@ def test_a_setting_that_cannot_be_hashed_is_no_error() -> None:
     net, plain = block(compile=None, gradient=OwnGradient()), block(compile=False)
     for _ in range(2):
         assert torch.equal(step(net, images())[0], step(plain, images())[0])
-    assert net.path.endswith("is not compiled (a setting is of your own kind and cannot be hashed)")
+    assert net.path.endswith("is not compiled (a setting is of your own kind and cannot be hashed or compared)")
+
+
+def test_a_solver_with_tensors_is_no_error() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        weights: Tensor
+        tol: float = 1e-4
+        max_steps: int = 200
+
+        def begin(self, work: Workspace) -> Method:
+            return FixedPoint(self.tol, self.max_steps).begin(work)
+
+    net = block(compile=None)
+    for _ in range(2):
+        net.solver = Own(torch.ones(3))
+        step(net, images())
+    assert "not compiled" in net.path

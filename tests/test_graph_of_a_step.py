@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -87,3 +89,31 @@ def test_a_parameter_whose_memory_moves_is_followed_or_refused(precision: str, c
             gradients(net, of)
     else:
         assert_close(gradients(net, of), expected, precision)
+
+
+def test_a_graph_of_a_gradient_goes_with_it(precision: str, compile: bool) -> None:
+    """The cotangent of a loss that is not linear has one, which leads back to the step."""
+    net, graphs = block(precision=precision, compile=compile), []
+    for _ in range(3):
+        y = net(images(12))
+        found = torch.autograd.grad(y.square().sum(), list(net.parameters()), create_graph=True)
+        graphs.append(weakref.ref(y.grad_fn))
+        del y, found
+    gc.collect()
+    assert [graph() for graph in graphs] == [None] * 3
+
+
+def test_functions_of_users_in_front_may_have_any_attributes(precision: str, compile: bool) -> None:
+    class Named(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.name, ctx.variable = "mine", "something"
+            return 2 * x
+
+        @staticmethod
+        def backward(_ctx: Any, g: Tensor) -> Tensor:
+            return 2 * g
+
+    net, x = block(precision=precision, compile=compile), images(12).requires_grad_()
+    (g,) = torch.autograd.grad(net(Named.apply(x)).sum(), x, create_graph=True)
+    assert g.requires_grad

@@ -8,6 +8,7 @@ import inspect
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -382,10 +383,9 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: StandIn.current)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(StandIn, "current", stream))
-    graphs._side_stream.cache_clear()
+    monkeypatch.setattr(graphs, "_own", threading.local())
     yield
     assert StandIn.current is start
-    graphs._side_stream.cache_clear()
 
 
 @pytest.mark.usefixtures("without_gpu")

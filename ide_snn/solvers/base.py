@@ -187,7 +187,8 @@ class Solver(Protocol):
 
 def check_settings(solver: Solver) -> None:
     """Raises ValueError for settings no solver can work with."""
-    if not (math.isfinite(solver.tol) and solver.tol > 0):
+    is_number = isinstance(solver.tol, (int, float)) and not isinstance(solver.tol, bool)
+    if not (is_number and math.isfinite(solver.tol) and solver.tol > 0):
         raise ValueError(f"tol must be a positive finite number, got {solver.tol}")
     require_count("max_steps", solver.max_steps)
 
