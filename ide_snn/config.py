@@ -23,6 +23,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -64,6 +65,7 @@ __all__ = [
     "check",
     "config_from_dict",
     "config_to_dict",
+    "how_to_go_on",
     "hydra_on_configs",
     "input_normalization",
     "load_config",
@@ -219,6 +221,13 @@ def to_yaml(config: Any) -> str:
 def run_dir_of_this_job() -> Path:
     """hydra.run.dir, or the job's folder of a sweep; of several processes that of rank 0 counts."""
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+def how_to_go_on(run_dir: Path) -> str:
+    """The overrides that continue the run of this job in `run_dir`, or the sweep that it belongs to."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return f"resume=auto hydra.sweep.dir={Path(HydraConfig.get().sweep.dir).resolve()}"
+    return f"resume=auto hydra.run.dir={run_dir}"
 
 
 @contextmanager

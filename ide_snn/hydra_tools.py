@@ -18,6 +18,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ide_snn.config import ConfigError, hydra_on_configs, run_dir_of_this_job, to_config
+from ide_snn.reporting import warnings_and_errors_in_log_files
 from ide_snn.schemas import Config
 
 __all__ = ["LAUNCHERS", "launch", "quote", "read_config_file", "require_launcher"]
@@ -119,7 +120,8 @@ def _logging_restored() -> Iterator[None]:
 
 
 def _run_task(task: Callable[[Config, Path], T], raw: DictConfig) -> T:
-    return task(to_config(raw, Config), run_dir_of_this_job())
+    with warnings_and_errors_in_log_files():
+        return task(to_config(raw, Config), run_dir_of_this_job())
 
 
 def _value(job: Any) -> Any:

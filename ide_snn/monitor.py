@@ -59,6 +59,7 @@ class BlockMonitor:
         self.failures = 0
         self.steps = 0
         self.max_steps = 0
+        self.products = 0
         self.residual = 0.0
         self.max_residual = 0.0
 
@@ -85,6 +86,7 @@ class BlockMonitor:
         self.failures += solution.outcome is not Outcome.converged
         self.steps += solution.stats.steps
         self.max_steps = max(self.max_steps, solution.stats.steps)
+        self.products += solution.stats.products
         self.residual += solution.stats.max_residual
         self.max_residual = max(self.max_residual, solution.stats.max_residual)
 
@@ -119,10 +121,10 @@ class BlockMonitor:
 
     def load_state_dict(self, state: Mapping[str, int | float]) -> None:
         for name in _COUNTERS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, 0))  # earlier versions did not count products
 
 
-_COUNTERS = ("solves", "failures", "steps", "max_steps", "residual", "max_residual")
+_COUNTERS = ("solves", "failures", "steps", "max_steps", "products", "residual", "max_residual")
 
 
 def solver_figures(counts: Mapping[str, int | float]) -> dict[str, int | float]:
@@ -133,6 +135,7 @@ def solver_figures(counts: Mapping[str, int | float]) -> dict[str, int | float]:
     return {
         "solver_steps_mean": counts["steps"] / solves,
         "solver_steps_max": counts["max_steps"],
+        "solver_products_mean": counts["products"] / solves,
         "solver_residual_mean": counts["residual"] / solves,
         "solver_residual_max": counts["max_residual"],
         "solver_failures": counts["failures"],

@@ -8,7 +8,9 @@ import json
 import logging
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,39 @@ import torch
 import ide_snn
 from ide_snn.checkpoint import write_atomically
 
-__all__ = ["RunLog", "record_versions", "versions", "write_csv", "write_json"]
+__all__ = ["RunLog", "record_versions", "versions", "warnings_and_errors_in_log_files", "write_csv", "write_json"]
 
 log = logging.getLogger(__name__)
 
 Row = Mapping[str, float | int | None]
+
+
+@contextmanager
+def warnings_and_errors_in_log_files() -> Iterator[None]:
+    """What Python's warnings and the exception that ends this scope say also goes to the log's files.
+
+    On the terminal they are shown by others.
+    """
+    show = warnings.showwarning
+
+    def show_and_keep(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        show(message, category, *place, **options)
+        _to_files(logging.WARNING, f"{category.__name__}: {message}")
+
+    warnings.showwarning = show_and_keep
+    try:
+        yield
+    except Exception as error:
+        _to_files(logging.ERROR, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        warnings.showwarning = show
+
+
+def _to_files(level: int, text: str) -> None:
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(log.makeRecord(log.name, level, __file__, 0, text, (), None))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

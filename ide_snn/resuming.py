@@ -26,6 +26,7 @@ CHANGEABLE = (
     "data_dir",
     "dataset.cache",
     "dataset.download",
+    "trainer.threads",
     "trainer.progress",
     "trainer.log_every",
     "trainer.process_timeout",
@@ -48,9 +49,11 @@ def refuse_changes(
         ignore = (*ignore, "trainer.epochs")
     changes = config_differences(saved, config, ignore=ignore)
     if changes:
+        only_longer = schedule.depends_on_epochs and any(change.startswith("trainer.epochs:") for change in changes)
+        remedy = "; the learning rate of this schedule depends on the number of epochs" if only_longer else ""
         raise CheckpointError(
             f"{checkpoint.path} belongs to a run with another configuration, so it cannot be resumed: "
-            f"{'; '.join(changes)} (saved -> now)"
+            f"{'; '.join(changes)} (saved -> now){remedy}. Set these options back, or train in another folder"
         )
     others = data_differences(checkpoint.data, data)
     if others:

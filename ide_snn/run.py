@@ -27,6 +27,7 @@ from ide_snn.config import (
     build_schedule,
     config_from_dict,
     config_to_dict,
+    how_to_go_on,
     input_normalization,
     load_config,
     resolve_device,
@@ -108,7 +109,7 @@ def _train(config: Config, run_dir: Path, device: torch.device, ranks: Ranks) ->
         progress=config.trainer.progress,
     )
     if result.interrupted is not None:
-        log.info("stopped; to go on, repeat the command with: resume=auto hydra.run.dir=%s", run_dir)
+        log.info("stopped; to go on, repeat the command with: %s", how_to_go_on(run_dir))
     elif ranks.is_first:
         _write_result(result, config, dataset, run_dir)
     return result
@@ -238,6 +239,11 @@ def model_from_checkpoint(
         ConfigError: `time_steps` or `device` cannot be used.
     """
     checkpoint = load_checkpoint(path)
+    if not checkpoint.config:
+        raise CheckpointError(
+            f"{path} was written by fit() without a config, so what network it is of is not known: build that in "
+            'Python and give it torch.load(path, weights_only=True)["model"]'
+        )
     try:
         config = config_from_dict(checkpoint.config)
     except ConfigError as error:

@@ -29,8 +29,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ide_snn.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from ide_snn.data.torch_loader import as_batches
 from ide_snn.distributed import Ranks, Share
 from ide_snn.dropout import DropoutStream
 from ide_snn.evaluation import Batch, Evaluation, Totals, device_of, evaluate, run_evaluation, show_bar
@@ -51,7 +53,7 @@ log = logging.getLogger(__name__)
 
 def fit(
     model: nn.Module,
-    train: Batches,
+    train: Batches | DataLoader[Any],
     test: Iterable[Batch],
     *,
     optimizer: torch.optim.Optimizer,
@@ -77,7 +79,7 @@ def fit(
 
     Args:
         model: gives logits [B, classes], or in training [T, B, classes]; it lies on its device already.
-        train: batches of an epoch, e.g. a `DeviceLoader`; several processes need one, or `SharedBatches` of your own.
+        train: a torch `DataLoader`, a `DeviceLoader`, or `Batches` of your own; for several processes `SharedBatches`.
         test: evaluated after each epoch.
         optimizer: with the base learning rates, which `schedule` multiplies; they are put back in the end.
         epochs: 0 only evaluates the untrained model.
@@ -126,7 +128,7 @@ def fit(
         raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
     run = _Run(
         model=model,
-        train=train,
+        train=as_batches(train, seed),
         test=test,
         optimizer=optimizer,
         epochs=epochs,

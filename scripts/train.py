@@ -4,13 +4,15 @@ import hydra
 from omegaconf import DictConfig
 
 from ide_snn.config import run_app, run_dir_of_this_job, to_config
+from ide_snn.reporting import warnings_and_errors_in_log_files
 from ide_snn.run import train
 from ide_snn.schemas import Config
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(raw: DictConfig) -> None:
-    result = train(to_config(raw, Config), run_dir_of_this_job())
+    with warnings_and_errors_in_log_files():
+        result = train(to_config(raw, Config), run_dir_of_this_job())
     if result.interrupted is not None:
         raise SystemExit(128 + result.interrupted)
 

@@ -126,6 +126,29 @@ def test_a_diverging_run_exits_with_an_error(tmp_path: Path) -> None:
     assert "error: the training loss became nan" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "result.json").exists()
+    assert "NonFiniteLossError: the training loss became nan" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_warnings_of_a_run_are_in_its_log(tmp_path: Path) -> None:
+    options = ["solver=fixed_point", "solver.max_steps=1", "trainer.epochs=1", "dataset.train_limit=64"]
+    done = call("train", *TINY, *options, "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("SolverWarning") == 1
+    assert (tmp_path / "run" / "train.log").read_text().count("SolverWarning: FixedPoint ended with outcome") == 1
+
+
+def test_a_sweep_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    sweep = command("train", *TINY, "trainer.epochs=5", "-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    with subprocess.Popen(sweep, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        wait_for_epoch(tmp_path / "0", process)
+        os.kill(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=100)
+    assert f"repeat the command with: resume=auto hydra.sweep.dir={tmp_path}" in output.decode()
+    done = subprocess.run([*sweep, "resume=auto"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for job in ("0", "1"):
+        with (tmp_path / job / "metrics.csv").open(newline="") as file:
+            assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4", "5"]
 
 
 def test_a_sweep_over_seeds(tmp_path: Path) -> None:

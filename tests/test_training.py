@@ -119,7 +119,9 @@ def test_tensorboard_has_the_curves(tmp_path: Path) -> None:
     events.Reload()
     tags = set(events.Tags()["scalars"])
     expected = "train/loss train/accuracy test/loss test/accuracy run/learning_rate firing_rate/population_1 "
-    expected += "solver/steps_mean solver/residual_max solver/failures feedback/norm feedback/alpha"
+    expected += (
+        "solver/steps_mean solver/products_mean solver/residual_max solver/failures feedback/norm feedback/alpha"
+    )
     assert set(expected.split()) <= tags
     assert [event.step for event in events.Scalars("test/accuracy")] == [3, 6]
     assert [event.step for event in events.Scalars("train/loss_recent")] == [2, 4, 6]

@@ -41,7 +41,7 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#7
 MARKERS = {"fixed_point": "o", "anderson": "s", "broyden": "^", "gmres": "D"}
 
 
-def save_figures(analysis: Analysis, folder: Path, *, title: str = "") -> list[Path]:
+def save_figures(analysis: Analysis, folder: str | Path, *, title: str = "") -> list[Path]:
     """Draws every figure into `folder` (created) and returns their paths.
 
     Args:
@@ -55,6 +55,7 @@ def save_figures(analysis: Analysis, folder: Path, *, title: str = "") -> list[P
     require_matplotlib()
     import matplotlib
 
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with matplotlib.rc_context(STYLE):
@@ -305,12 +306,12 @@ def _solvers(traces: Sequence[SolverTrace]) -> Figure:
         label = _pretty(each.solver) + (" (configured)" if each.configured else "")
         values = [max(r, 1e-16) if math.isfinite(r) else math.nan for r in each.residual]
         width = 3.0 if each.configured else 1.8
-        axes.semilogy(
-            values, color=color, marker=MARKERS.get(each.solver, "o"), markersize=6, linewidth=width, label=label
-        )
+        products = range(each.first_products, each.first_products + len(values))
+        marker = MARKERS.get(each.solver, "o")
+        axes.semilogy(products, values, color=color, marker=marker, markersize=6, linewidth=width, label=label)
     axes.axhline(traces[0].tol, color=RED, linestyle=":", linewidth=1.5, label=f"tolerance {traces[0].tol:g}")
-    _whole_steps(axes, max(len(each.residual) for each in traces) - 1, first=0)
-    axes.set_xlabel("solver steps (products with Jᵀ)")
+    _whole_steps(axes, max(each.first_products + len(each.residual) for each in traces) - 1, first=0)
+    axes.set_xlabel("products with Jᵀ")
     axes.set_ylabel("relative residual, worst sample")
     axes.set_title("Backward solve of one batch", loc="left")
     axes.legend(fontsize=10)

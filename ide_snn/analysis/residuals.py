@@ -19,7 +19,7 @@ from ide_snn.analysis.observe import Observation, Site, call_prefix, evaluation_
 from ide_snn.block import FeedbackSNN
 from ide_snn.monitor import feedback_blocks
 from ide_snn.precision import products_rounded
-from ide_snn.solvers import SOLVERS, LinearProblem, Solver, solve
+from ide_snn.solvers import SOLVERS, Gmres, LinearProblem, Solver, solve
 
 __all__ = ["SolverTrace", "cotangents", "residual_per_step", "solver_residuals"]
 
@@ -38,6 +38,7 @@ class SolverTrace:
         residual: ||b - (I - J^T) v|| / ||b||, the worst sample's, after 0, 1, 2, ... steps. GMRES starts from v = 0,
             where it is 1, the others from v = b.
         tol: the tolerance it stops at.
+        first_products: products with J^T behind `residual[0]`: none for GMRES, one for the others; each step takes one.
     """
 
     solver: str
@@ -46,6 +47,7 @@ class SolverTrace:
     outcome: str
     residual: list[float]
     tol: float
+    first_products: int
 
     def as_dict(self) -> dict[str, Any]:
         return {**self.__dict__}
@@ -69,7 +71,10 @@ def solver_residuals(
             with products_rounded(precision, site.x.device):
                 outcome, residual = residual_per_step(problem, solver)
             traces[site.prefix].append(
-                SolverTrace(name, repr(solver), isinstance(own, kind), outcome, residual, solver.tol)
+                SolverTrace(
+                    *(name, repr(solver), isinstance(own, kind), outcome, residual, solver.tol),
+                    first_products=0 if kind is Gmres else 1,
+                )
             )
     return traces
 

@@ -12,6 +12,7 @@ from ide_snn.data.image import LoadedImage, load_image
 from ide_snn.data.loader import DeviceLoader
 from ide_snn.data.registry import DATASETS, load_dataset
 from ide_snn.data.splits import EventSplit, Split
+from ide_snn.data.torch_loader import TorchLoader
 from ide_snn.files import DataError
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "LoadedImage",
     "Normalization",
     "Split",
+    "TorchLoader",
     "load_dataset",
     "load_image",
     "to_input",

@@ -32,6 +32,7 @@ NEUTRAL = frozenset(
         "dataset.download",
     }
 )
+UNSET = "unset"
 # Values of an option that compute the same up to rounding
 ALIKE = {"precision.name": ("float32", "exact")}
 # Options of the data set that are compared even where the data are a stand-in: the others say which data they are
@@ -181,7 +182,29 @@ def lines(runs: Iterable[Run]) -> list[Line]:
         )
         if not own:
             result.append(Line(row.experiment, row))
-    return result + sorted((line for line in found if line.paper is None), key=lambda line: line.label)
+    return result + sorted(_told_apart([line for line in found if line.paper is None]), key=lambda line: line.label)
+
+
+def _told_apart(others: Sequence[Line]) -> list[Line]:
+    """Lines of one name get the options in which they differ into their labels, such as `name (solver.tol=0.1)`."""
+    flat = {id(line): flatten(line.runs[0].config) for line in others}
+    result = []
+    for line in others:
+        alike = [flat[id(other)] for other in others if other.label == line.label]
+        own = _differing(flat[id(line)], alike)
+        result.append(replace(line, label=f"{line.label} ({', '.join(own)})") if own else line)
+    return result
+
+
+def _differing(own: Mapping[str, Any], every: Sequence[Mapping[str, Any]]) -> list[str]:
+    """key=value of the options of `own` that others have otherwise; of a group of another name the name says enough."""
+    found = []
+    for key, value in own.items():
+        group = f"{key.rpartition('.')[0]}.name"
+        others = every if key == group else [other for other in every if other.get(group) == own.get(group)]
+        if key not in NEUTRAL and any(other.get(key, UNSET) != value for other in others):
+            found.append(f"{key.removesuffix('.name')}={_show(value)}")
+    return found
 
 
 def _head(run: Run) -> Line:
@@ -230,8 +253,15 @@ def compare(recipe: Mapping[str, Any], config: Mapping[str, Any]) -> list[Change
     """
     own = flatten(config)
     keys = [key for key in {**recipe, **own} if key in own and key not in NEUTRAL]
-    changes = [Change(key, recipe.get(key, "unset"), own[key]) for key in keys if recipe.get(key, "unset") != own[key]]
-    return [change for change in changes if not _are_alike(change)]
+    changes = [Change(key, recipe.get(key, UNSET), own[key]) for key in keys if recipe.get(key, UNSET) != own[key]]
+    other_groups = {change.key for change in changes if change.key.endswith(".name")}
+    return [
+        change
+        for change in changes
+        # a member of a group that the recipe does not have is told by its name and not by its defaults
+        if not _are_alike(change)
+        and not (change.recipe == UNSET and f"{change.key.rpartition('.')[0]}.name" in other_groups)
+    ]
 
 
 def _are_alike(change: Change) -> bool:
