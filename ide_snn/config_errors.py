@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -39,6 +40,9 @@ def explain(error: BaseException) -> str:
         return _explain_unknown(cause)
     if cause is not None and cause.full_key:
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+    group = re.match(r"Could not override '([^']+)'\.?\s+No match in the defaults list", str(error))
+    if group is not None:
+        return f"unknown option {group[1]}: this command has no such group; --help lists its options"
     text, *_ = str(error).split("\nConfig search path:")
     return " ".join(text.split())
 

@@ -107,6 +107,7 @@ def test_killed_then_stopped_then_finished_is_as_never_stopped(trained: Path, tm
     [
         ("train", "neuron.leak=1.5", ["leak", "(0, 1]", "1.5"]),
         ("evaluate", "device=cpu", ["required", "checkpoint=..."]),
+        ("evaluate", "dataset=mnist", ["unknown option dataset", "--help"]),
     ],
 )
 def test_a_mistake_is_one_message_without_a_traceback(
