@@ -66,8 +66,8 @@ class _Once(torch.autograd.Function):
         return gradient.clone()  # a view would refuse in-place changes, as optimizers and hooks make them
 
     @staticmethod
-    def backward(_ctx: Any, cotangent: Tensor) -> Gradients:
-        return None, cotangent.new_zeros(())
+    def backward(_ctx: Any, _cotangent: Tensor) -> Gradients:
+        return None, torch.zeros((), device="cpu")
 
 
 class _Link(torch.autograd.Function):
@@ -76,7 +76,7 @@ class _Link(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, message: str, *_sources: Tensor) -> Tensor:
         ctx.message = message
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")  # whatever torch's default device is
 
     @staticmethod
     def backward(ctx: Any, _cotangent: Tensor) -> Gradients:

@@ -286,6 +286,21 @@ def test_what_does_not_change_the_weights_may_change(
         assert_same(final_state(tmp_path), reference)
 
 
+def test_the_number_of_threads_may_change(
+    tmp_path: Path, reference: dict[str, Any], at_batch: Callable[[int, Callable[[], None]], None]
+) -> None:
+    at_batch(10, terminate)
+    train(tiny(), tmp_path)
+    threads = torch.get_num_threads()
+    try:
+        train(tiny("resume=auto", "trainer.threads=1"), tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    found = final_state(tmp_path)["model"]
+    for name, value in reference["model"].items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-3)
+
+
 def test_a_run_of_a_version_with_fewer_options_can_be_resumed(
     tmp_path: Path, reference: dict[str, Any], at_batch: Callable[[int, Callable[[], None]], None]
 ) -> None:

@@ -26,10 +26,7 @@ NEUTRAL = frozenset(
         *CHANGEABLE,
         "seed",
         "name",
-        "trainer.threads",
         "trainer.evaluation_batch_size",
-        "dataset.cache",
-        "dataset.download",
     }
 )
 UNSET = "unset"
