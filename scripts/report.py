@@ -1,4 +1,7 @@
-"""Our runs beside the paper, as report.html and report.md: `python scripts/report.py runs=runs/paper output=report`."""
+"""Our runs beside the paper, as report.html, report.md and runs.csv.
+
+python scripts/report.py runs=runs/paper output=report
+"""
 
 import hydra
 from omegaconf import DictConfig

@@ -1,4 +1,4 @@
-"""From run folders to report.md, report.html and figures: our runs beside the paper's results.
+"""From run folders to report.md, report.html, runs.csv and figures: our runs beside the paper's results.
 
 write_report("runs/paper", "report")
 """
@@ -15,13 +15,16 @@ from ide_snn.report.collect import Collection, ReportError, collect
 from ide_snn.report.figures import learning_curves, overview
 from ide_snn.report.lines import Line, lines
 from ide_snn.report.pages import Page, to_html, to_markdown
+from ide_snn.report.runs_table import to_csv
 from ide_snn.report.tables import machines, statements
 
 __all__ = ["Collection", "Line", "ReportError", "collect", "lines", "write_report"]
 
 
 def write_report(runs: str | Path, output: str | Path, *, figures: bool = True) -> Path:
-    """Read every run below `runs` and write report.md, report.html and PNGs into `output`; returns report.html.
+    """Read every run below `runs` and write report.md, report.html, runs.csv and PNGs into `output`.
+
+    Returns the path of report.html.
 
     Raises:
         ReportError: there is no run below `runs`.
@@ -43,6 +46,7 @@ def write_report(runs: str | Path, output: str | Path, *, figures: bool = True) 
     for name, (_, png) in page.figures.items():
         _write(output / name, png)
     _write(output / "report.md", to_markdown(page).encode())
+    _write(output / "runs.csv", to_csv(table).encode())
     _write(output / "report.html", to_html(page).encode())
     return output / "report.html"
 
