@@ -23,9 +23,9 @@ from ide_snn.config import (
     build_optimizer,
     build_schedule,
     load_config,
+    quote,
 )
 from ide_snn.data import DataError
-from ide_snn.hydra_tools import quote
 from ide_snn.models import FeedbackClassifier
 from ide_snn.optim import set_learning_rate
 from ide_snn.precision import products_rounded

@@ -29,7 +29,8 @@ from ide_snn.equilibrium import AnalyticLinearisation
 from ide_snn.layers import Connection
 from ide_snn.models import FeedbackClassifier
 from ide_snn.operators import Operator
-from ide_snn.simulation import Record, Step
+from ide_snn.record import Record
+from ide_snn.simulation import Step
 
 LEAST_ROUNDS = 5
 LEAST_EFFICIENCY = 0.7

@@ -21,7 +21,7 @@ from torch import Tensor
 from ide_snn import Anderson, Gmres
 from ide_snn.evaluation import evaluate
 from ide_snn.kernels import in_layout_of
-from ide_snn.simulation import Rates, Record
+from ide_snn.record import Rates, Record
 from ide_snn.solvers import FixedPointProblem, LinearProblem, Problem, Solver, solve
 
 NOISE = 1e-6  # relative, on the input: what float32 rounding does to it

@@ -29,9 +29,9 @@ from measure import NOISE, block_input, difference
 from torch import Tensor
 
 from ide_snn.layers import Affine
+from ide_snn.record import Path as Way
 from ide_snn.reporting import write_json
 from ide_snn.simulation import Map, simulate
-from ide_snn.simulation import Path as Way
 
 Round = Callable[[Tensor], Tensor]
 

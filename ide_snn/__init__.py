@@ -11,7 +11,8 @@ from ide_snn.layers import Connection
 from ide_snn.models import FeedbackClassifier, NetworkOptions, SNNIDEConvMultiLayerNet, SNNIDEConvNet, SNNIDEFCNet
 from ide_snn.neurons import NeuronParams
 from ide_snn.optimizations import constrain, remove_constraint
-from ide_snn.simulation import Rates, Record, Step
+from ide_snn.record import Rates, Record
+from ide_snn.simulation import Step
 from ide_snn.solvers import (
     Anderson,
     Broyden,

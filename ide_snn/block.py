@@ -25,9 +25,10 @@ from ide_snn.neurons import NeuronParams, require_finite, step_, time_average
 from ide_snn.operators import Operator
 from ide_snn.paths import PathChoice
 from ide_snn.precision import Precision, products_rounded
+from ide_snn.record import Path, Rates, Record
 from ide_snn.say_once import SayOnce
 from ide_snn.settings import REQUIRED
-from ide_snn.simulation import EVENT_PATHS, FUSED_PATHS, Path, Rates, Record, simulate
+from ide_snn.simulation import EVENT_PATHS, FUSED_PATHS, simulate
 from ide_snn.solvers import Anderson, FixedPointProblem, Gmres, Solution, Solver, solve
 
 log = logging.getLogger(__name__)
@@ -131,12 +132,12 @@ class FeedbackSNN(nn.Module):
         record = Record(spike_fraction=bool(self._simulation_hooks), mean_response=at_rates and torch.is_grad_enabled())
         if isinstance(self.gradient, Bptt):  # whose backward pass repeats products: in torch's settings, as they do
             rates, value = self._prepare(x, generator).through_time(self.gradient, record)
-            self._tell(rates)
+            self.tell(rates)
             return value
         with products_rounded(self.precision, x.device):
             moment = self._prepare(x, generator)
             rates = moment.simulate(record)
-            self._tell(rates)
+            self.tell(rates)
             return self._attach(rates.last, moment.map, rates.mean_response)
 
     def read_out(self, linear: nn.Linear, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
@@ -150,9 +151,9 @@ class FeedbackSNN(nn.Module):
         wanted = is_usual and self.precision != "float32" if self.compile_ is None else self.compile_
         return wanted and self.training and torch.is_grad_enabled() and not x.is_cuda
 
-    def _tell(self, rates: Rates) -> None:
-        if self._simulation_hooks:
-            rates = replace(rates, mean_response=None)  # the gradient overwrites it
+    def tell(self, rates: Rates) -> None:
+        """Calls the simulation hooks, as a forward does; without the mean response, which the gradient overwrites."""
+        rates = replace(rates, mean_response=None) if self._simulation_hooks else rates
         for hook in self._simulation_hooks.values():
             hook(rates)
 

@@ -32,7 +32,8 @@ from ide_snn.neurons import NeuronParams
 from ide_snn.normalization import batch_moments
 from ide_snn.once import differentiable_once
 from ide_snn.precision import without_autocast
-from ide_snn.simulation import Rates, Record, simulate
+from ide_snn.record import Rates, Record
+from ide_snn.simulation import simulate
 from ide_snn.spiking import Firing, Reset, pack_bits, require_choice, require_steps, unpack_bits
 from ide_snn.surrogate import ATan, Surrogate
 

@@ -229,6 +229,10 @@ def build_loaders(config: Config, dataset: Dataset, device: torch.device) -> Loa
     Of event recordings they serve the first `config.time_steps` frames.
     """
     trainer, validation = config.trainer, dataset.validation
+    if trainer.batch_size == 1 and config.model.batch_norm:
+        raise ConfigError(
+            "trainer.batch_size=1 leaves batch norm nothing to normalise by: use at least 2, or model.batch_norm=false"
+        )
     if len(dataset.train) % trainer.batch_size == 1 and config.model.batch_norm and not trainer.drop_last:
         raise ConfigError(
             f"trainer.batch_size={trainer.batch_size} leaves a last batch of one of the {len(dataset.train)} training "

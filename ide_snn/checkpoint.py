@@ -8,12 +8,14 @@ run stood, and, in `last.pt`, what is needed to continue it (optimiser, random s
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,11 +29,13 @@ __all__ = [
     "flatten",
     "load_checkpoint",
     "load_weights",
+    "plain",
     "save_checkpoint",
     "write_atomically",
 ]
 
 FORMAT = 1
+PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 PARTS = ("format", "config", "data", "model", "progress", "training")
 
 
@@ -50,7 +54,7 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     data: dict[str, Any]
-    model: dict[str, Tensor]
+    model: dict[str, Any]
     progress: dict[str, Any]
     training: dict[str, Any] | None
 
@@ -64,16 +68,45 @@ def save_checkpoint(
     progress: Mapping[str, Any],
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint of `model`; the other parts are plain containers, numbers and tensors."""
+    """Write a checkpoint of `model`.
+
+    Raises:
+        CheckpointError: a part holds something that could not be read back safely.
+    """
     content = {
         "format": FORMAT,
-        "config": dict(config),
-        "data": dict(data),
-        "model": dict(model.state_dict()),
-        "progress": dict(progress),
-        "training": None if training is None else dict(training),
+        "config": plain(config, "config"),
+        "data": plain(data, "data"),
+        "model": plain(model.state_dict(), "model"),
+        "progress": plain(progress, "progress"),
+        "training": plain(training, "training"),
     }
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def plain(value: Any, name: str) -> Any:
+    """`value` in what can be read back without executing code: containers, numbers, text and tensors.
+
+    Numbers of numpy become Python's, paths text.
+
+    Raises:
+        CheckpointError: for anything else, naming where in `name` it is.
+    """
+    if isinstance(value, np.generic):  # float64 is a float as well
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {plain(key, f"a key of {name}"): plain(own, f"{name}.{key}") for key, own in value.items()}
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        items = [plain(own, f"{name}[{index}]") for index, own in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    if value is None or isinstance(value, Tensor) or type(value) in PLAIN:
+        return value
+    raise CheckpointError(
+        f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: use numbers, text, lists, dictionaries "
+        "or tensors"
+    )
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -104,8 +137,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy the checkpoint's weights into `model`, or raise CheckpointError naming what differs."""
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in checkpoint.model.items()}
+    expected = {name: _shape(value) for name, value in model.state_dict().items()}
+    found = {name: _shape(value) for name, value in checkpoint.model.items()}
     differences = [f"it lacks {name}" for name in expected if name not in found]
     differences += [f"it has {name}, which the model has not" for name in found if name not in expected]
     differences += [
@@ -117,6 +150,11 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
         raise CheckpointError(f"{checkpoint.path} is a checkpoint of another model: {'; '.join(differences[:3])}{more}")
     model.load_state_dict(checkpoint.model)
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """None for what a module's `get_extra_state` gives."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore: tuple[str, ...] = ()) -> list[str]:

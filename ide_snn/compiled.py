@@ -26,8 +26,9 @@ from ide_snn.optimizations import SpectralMatrix, SpectralMatrixFirstDim, get_co
 from ide_snn.precision import Precision
 from ide_snn.prepared_step import Parts, Plan
 from ide_snn.readout import suits
+from ide_snn.record import Path
 from ide_snn.say_once import SayOnce
-from ide_snn.simulation import EVENT_PATHS, Path
+from ide_snn.simulation import EVENT_PATHS
 from ide_snn.solvers import Gmres, Solver
 from ide_snn.torch_modules import GLOBAL_HOOKS, HOOKS, has_own_methods, owns
 

@@ -11,6 +11,8 @@ one ConfigError that names it. The `build_*` functions are those of `ide_snn.bui
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +48,7 @@ from ide_snn.config_errors import ConfigError, explain, one_error, refuse_added_
 from ide_snn.data import DataError
 from ide_snn.data.cache import Cache
 from ide_snn.distributed import RankError, environment_rank
+from ide_snn.progress import require_in_range
 from ide_snn.schemas import SCHEMAS, TOOLS, Config
 
 __all__ = [
@@ -69,6 +72,7 @@ __all__ = [
     "hydra_on_configs",
     "input_normalization",
     "load_config",
+    "quote",
     "resolve_device",
     "run_app",
     "run_dir_of_this_job",
@@ -78,6 +82,8 @@ __all__ = [
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 RESUME = ("none", "auto")
+# neither the shell nor Hydra sees anything special in it
+PLAIN_OVERRIDE = re.compile(r"[a-z_.]+=[\w/.+-]+", re.ASCII)
 # errors whose message is meant for the user
 EXPECTED = (HydraException, OmegaConfBaseException, ValueError, ArithmeticError, OSError, ImportError, RankError)
 # groups that configurations saved by version 0.1 lack; these members are what that version did
@@ -141,16 +147,16 @@ def to_config(raw: DictConfig, kind: type[T]) -> T:
 def check(config: Config) -> None:
     """Raises ConfigError for an option out of range; the built classes check theirs themselves."""
     trainer = config.trainer
-    smallest = {"epochs": 0, "batch_size": 1, "evaluation_batch_size": 1, "accumulation": 1, "log_every": 1}
-    for name, least in smallest.items():
-        if getattr(trainer, name) < least:
-            raise ConfigError(f"trainer.{name} must be at least {least}, got {getattr(trainer, name)}")
+    try:
+        names = ("epochs", "accumulation", "log_every", "gradient_clip", "label_smoothing")
+        require_in_range("trainer.", **{name: getattr(trainer, name) for name in names})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for name in ("batch_size", "evaluation_batch_size"):
+        if getattr(trainer, name) < 1:
+            raise ConfigError(f"trainer.{name} must be at least 1, got {getattr(trainer, name)}")
     if any(size < 1 for size in config.dataset.input_shape):
         raise ConfigError(f"dataset.input_shape must be positive, got {config.dataset.input_shape}")
-    if trainer.gradient_clip is not None and not trainer.gradient_clip > 0:
-        raise ConfigError(f"trainer.gradient_clip must be positive or null, got {trainer.gradient_clip}")
-    if not 0 <= trainer.label_smoothing < 1:
-        raise ConfigError(f"trainer.label_smoothing must lie in [0, 1), got {trainer.label_smoothing}")
     if not trainer.process_timeout > 0:
         raise ConfigError(f"trainer.process_timeout must be positive (seconds), got {trainer.process_timeout}")
     if trainer.threads is not None and trainer.threads < 1:
@@ -223,11 +229,22 @@ def run_dir_of_this_job() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def how_to_go_on(run_dir: Path) -> str:
-    """The overrides that continue the run of this job in `run_dir`, or the sweep that it belongs to."""
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        return f"resume=auto hydra.sweep.dir={Path(HydraConfig.get().sweep.dir).resolve()}"
-    return f"resume=auto hydra.run.dir={run_dir}"
+def how_to_go_on() -> str:
+    """The overrides that continue the run of this job, or the sweep that it belongs to, as a shell takes them."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        key, folder = "hydra.sweep.dir", Path(HydraConfig.get().sweep.dir).resolve()
+    else:
+        key, folder = "hydra.run.dir", run_dir_of_this_job().resolve()
+    override = f"{key}={folder}"
+    if not PLAIN_OVERRIDE.fullmatch(override):
+        override = shlex.quote(quote(key, str(folder)))
+    return f"resume=auto {override}"
+
+
+def quote(key: str, value: str) -> str:
+    """The override that gives `key` this text, whatever characters it has."""
+    # backslashes count only before a quote, where they are doubled
+    return f"{key}='" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value) + "'"
 
 
 @contextmanager

@@ -30,7 +30,8 @@ from ide_snn.neurons import NeuronParams, sigma, sigma_mask
 from ide_snn.normalization import Statistics
 from ide_snn.operators import Operator
 from ide_snn.precision import Precision, rounds_convolutions
-from ide_snn.simulation import EVENT_PATHS, Path
+from ide_snn.record import Path
+from ide_snn.simulation import EVENT_PATHS
 from ide_snn.solvers import LinearProblem, Rough
 from ide_snn.solvers.ahead import Ahead
 from ide_snn.torch_modules import returns_what_nobody_keeps

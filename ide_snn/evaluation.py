@@ -22,12 +22,16 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy as a fraction, mean cross entropy, mean spikes per neuron and step of each population."""
+    """Accuracy as a fraction, mean cross entropy, mean spikes per neuron and step of each population.
+
+    With early exit the last are of the steps that each sample took; `mean_steps` is their mean, else None.
+    """
 
     accuracy: float
     loss: float
     firing_rate: dict[str, float]
     samples: int
+    mean_steps: float | None = None
 
 
 class Totals:
@@ -54,17 +58,23 @@ class Totals:
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, progress: bool | None = False, ranks: Ranks = Ranks()
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    early_exit: float | None = None,
+    progress: bool | None = False,
+    ranks: Ranks = Ranks(),
 ) -> Evaluation:
     """Accuracy, loss and firing rates of `model` in evaluation mode; its mode is put back afterwards.
 
     Args:
         model: gives logits [B, classes].
         batches: what to evaluate on.
+        early_exit: confidence at which the simulation of a sample ends (`FeedbackClassifier.exit_early`); None: at T.
         progress: show a bar; None means only on a terminal.
         ranks: processes that share the work; all of them have to call this, with the same batches, and get the result.
     """
-    result = run_evaluation(model, batches, "evaluating", progress, lambda: False, ranks)
+    result = run_evaluation(model, batches, "evaluating", progress, lambda: False, ranks, early_exit)
     assert result is not None  # nothing asks it to stop
     return result
 
@@ -76,10 +86,13 @@ def run_evaluation(
     progress: bool | None,
     stop: Callable[[], bool],
     ranks: Ranks = Ranks(),
+    early_exit: float | None = None,
 ) -> Evaluation | None:
     """As `evaluate`; None if `stop`, asked after each batch by all ranks alike, says so before the end."""
+    if early_exit is not None and not hasattr(model, "exit_early"):
+        raise TypeError(f"a {type(model).__name__} has no early exit: only networks with one feedback block have")
     device = device_of(model)
-    totals = Totals(device)
+    totals, steps = Totals(device), 0
     was_training = model.training
     model.eval()
     try:
@@ -88,7 +101,11 @@ def run_evaluation(
             for x, y in show_bar(_own(batches, ranks), title, progress, count):
                 if len(y):
                     x, y = x.to(device), y.to(device)
-                    logits = model(x)
+                    if early_exit is None:
+                        logits = model(x)
+                    else:
+                        logits, rates = model.exit_early(x, early_exit)  # type: ignore[operator]
+                        steps += int(rates.steps.sum())
                     totals.add(F.cross_entropy(logits, y), logits, y)
                     monitor.count(len(y))
                 if stop():
@@ -101,7 +118,9 @@ def run_evaluation(
         raise ValueError(
             "there is no batch to evaluate on: pass a loader or a list, an iterator is used up after one pass"
         )
-    return Evaluation(sums["correct"] / samples, sums["loss"] / samples, monitor.firing_rate(ranks), samples)
+    mean_steps = None if early_exit is None else sum(ranks.gather(steps)) / samples
+    firing_rate = monitor.firing_rate(ranks)
+    return Evaluation(sums["correct"] / samples, sums["loss"] / samples, firing_rate, samples, mean_steps)
 
 
 def _own(batches: Iterable[Batch], ranks: Ranks) -> Iterator[Batch]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from ide_snn.graphs import Graphs
 from ide_snn.layers import Affine
 from ide_snn.neurons import NeuronParams
+from ide_snn.record import Path, Rates, Record
 from ide_snn.say_once import SayOnce
-from ide_snn.simulation import FUSED_PATHS, Map, Path, Rates, Record, simulate
+from ide_snn.simulation import FUSED_PATHS, Map, simulate
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,6 @@ def _why_not(drive: object, is_known: bool, record: Record, path: Path) -> str |
         return "the input has time"
     if not is_known:
         return "a connection is a module of your own"
-    if record.spikes or record.membranes or record.on_step is not None:
+    if record.spikes or record.membranes or record.on_step is not None or record.stop is not None:
         return "single time steps are recorded"
     return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,11 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ide_snn.config import ConfigError, hydra_on_configs, run_dir_of_this_job, to_config
+from ide_snn.config import ConfigError, hydra_on_configs, quote, run_dir_of_this_job, to_config
 from ide_snn.reporting import warnings_and_errors_in_log_files
 from ide_snn.schemas import Config
 
-__all__ = ["LAUNCHERS", "launch", "quote", "read_config_file", "require_launcher"]
+__all__ = ["LAUNCHERS", "launch", "read_config_file", "require_launcher"]
 
 # name here -> (member of hydra/launcher, its package, its option for the number of jobs at once if it has one)
 LAUNCHERS: dict[str, tuple[str, str, str | None]] = {
@@ -45,12 +44,6 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"{path.name} is damaged: it holds no named values")
     return {str(key): value for key, value in content.items()}
-
-
-def quote(key: str, value: str) -> str:
-    """The override that gives `key` this text, whatever characters it has."""
-    # backslashes count only before a quote, where they are doubled
-    return f"{key}='" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value) + "'"
 
 
 def require_launcher(name: str) -> None:

@@ -29,6 +29,8 @@ from ide_snn.layers import Connection
 from ide_snn.neurons import NeuronParams, time_average
 from ide_snn.operators import KNOWN_MODULES, Operator
 from ide_snn.precision import Precision
+from ide_snn.record import Rates, Record
+from ide_snn.simulation import Step
 from ide_snn.solvers import Gmres, Solver
 from ide_snn.spiking import apply_to_spikes
 from ide_snn.torch_modules import runs_as_torch_wrote_it
@@ -137,11 +139,7 @@ class FeedbackClassifier(nn.Module):
         return math.prod(self.input_shape) + inside + self.classifier.out_features
 
     def forward(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        lead = 2 if self.block.input_has_time else 1
-        if tuple(x.shape[lead:]) != self.input_shape:
-            expected = ["T", "B", *self.input_shape][2 - lead :]
-            raise ValueError(f"input must have shape {expected}, got {list(x.shape)}")
-        x = x.reshape(*x.shape[:lead], *self._block_input_shape())
+        x = self._as_block_input(x)
         logits = self.block.read_out(self.classifier, x, generator)
         if logits is not None:
             return logits
@@ -154,6 +152,37 @@ class FeedbackClassifier(nn.Module):
         linear = self.classifier
         logits = apply_to_spikes(Operator.of(linear), y.flatten(0, 1).flatten(1), linear.weight, linear.bias)
         return logits.unflatten(0, y.shape[:2])
+
+    def exit_early(self, x: Tensor, confidence: float) -> tuple[Tensor, Rates]:
+        """(logits [B, classes], rates) of simulations that end for each sample as soon as the network is sure of it.
+
+        That is at the first step t < T where the largest softmax probability of the logits of a_n[t] exceeds
+        `confidence`, or at T; `rates.steps` [B] has the steps, and logits and rates are those of a network with so many
+        time steps. Waits for the device once per step.
+
+        Raises:
+            ValueError: in training mode, and for a confidence outside (0, 1].
+        """
+        if self.training:
+            raise ValueError("early exit is for evaluation: call eval() first")
+        if not 0 < confidence <= 1:
+            raise ValueError(f"confidence must lie in (0, 1], got {confidence}")
+
+        def is_sure(step: Step) -> Tensor:
+            return self._classify(step.last_rate()).double().softmax(1).amax(1) > confidence
+
+        record = Record(spike_fraction=True, stop=is_sure)
+        with torch.no_grad():
+            rates = self.block.simulate(self._as_block_input(x), record)
+            self.block.tell(rates)
+            return self._classify(rates.last), rates
+
+    def _as_block_input(self, x: Tensor) -> Tensor:
+        lead = 2 if self.block.input_has_time else 1
+        if tuple(x.shape[lead:]) != self.input_shape:
+            expected = ["T", "B", *self.input_shape][2 - lead :]
+            raise ValueError(f"input must have shape {expected}, got {list(x.shape)}")
+        return x.reshape(*x.shape[:lead], *self._block_input_shape())
 
     def _classify(self, rates: Tensor) -> Tensor:
         """Logits of rates [B, *]; channels-last ones are read as they lie, with the weight's columns in that order."""
@@ -297,4 +326,6 @@ def _require_positive(**sizes: int | Sequence[int]) -> None:
 def _conv(input_shape: Sequence[int], channels: int, kernel: int, stride: int, padding: int) -> nn.Conv2d:
     if len(input_shape) != 3:
         raise ValueError(f"a convolutional network needs input_shape [C, H, W], got {list(input_shape)}")
+    if padding < 0:
+        raise ValueError(f"padding must not be negative, got {padding}")
     return nn.Conv2d(input_shape[0], channels, kernel, stride, padding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ide_snn.block import FeedbackSNN
 from ide_snn.distributed import Ranks
 from ide_snn.dsr import DSRNode, record_firing_rates
-from ide_snn.simulation import Rates
+from ide_snn.record import Rates
 from ide_snn.solvers import Outcome, Solution
 
 __all__ = ["BlockMonitor", "feedback_blocks", "feedback_diagnostics", "merged", "solver_figures"]
@@ -121,7 +122,7 @@ class BlockMonitor:
 
     def load_state_dict(self, state: Mapping[str, int | float]) -> None:
         for name in _COUNTERS:
-            setattr(self, name, state.get(name, 0))  # earlier versions did not count products
+            setattr(self, name, state.get(name, math.nan))  # earlier versions did not count products
 
 
 _COUNTERS = ("solves", "failures", "steps", "max_steps", "products", "residual", "max_residual")
@@ -132,7 +133,7 @@ def solver_figures(counts: Mapping[str, int | float]) -> dict[str, int | float]:
     solves = counts["solves"]
     if not solves:
         return {}
-    return {
+    figures = {
         "solver_steps_mean": counts["steps"] / solves,
         "solver_steps_max": counts["max_steps"],
         "solver_products_mean": counts["products"] / solves,
@@ -140,6 +141,9 @@ def solver_figures(counts: Mapping[str, int | float]) -> dict[str, int | float]:
         "solver_residual_max": counts["max_residual"],
         "solver_failures": counts["failures"],
     }
+    if math.isnan(figures["solver_products_mean"]):  # the epoch was begun by a version that did not count them
+        del figures["solver_products_mean"]
+    return figures
 
 
 def merged(counts: Sequence[Mapping[str, int | float]]) -> dict[str, int | float]:

@@ -12,6 +12,7 @@ Source: Xiao et al., NeurIPS 2021, sections 3.1 and 4.1; time is counted in step
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +29,16 @@ class NeuronParams:
 
     Raises:
         ValueError: for values outside these ranges.
+        TypeError: for what is no number.
     """
 
     v_threshold: float = 2.0
     leak: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("v_threshold", "leak"):
+            if not isinstance(getattr(self, name), numbers.Real):
+                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
         if not (math.isfinite(self.v_threshold) and self.v_threshold > 0):
             raise ValueError(f"v_threshold must be a positive finite number, got {self.v_threshold}")
         if not 0 < self.leak <= 1:

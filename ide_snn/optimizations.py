@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ide_snn import spectral
+from ide_snn.dropout import VariationalDropout as VariationalDropout
 from ide_snn.operators import Operator
 from ide_snn.precision import without_autocast
 from ide_snn.singular import leading
@@ -400,9 +400,11 @@ def remove_constraint(module: nn.Module) -> nn.Module:
     """
     if get_constraint(module) is None:
         raise ValueError(f"{type(module).__name__} has no constrained weight")
-    hooks: dict[int, Callable[..., object]] = module._forward_pre_hooks  # torch has no public way to look one up
+    hooks = module._forward_pre_hooks  # torch has no public way to look one up
     for key in [k for k, hook in hooks.items() if hook is advance_before_training_forward]:
         del hooks[key]
+    kind = type(module)  # torch takes the weight from this class of its making, which copies of the module share
+    module.__class__ = type(kind.__name__, kind.__bases__, {**vars(kind)})
     return parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 
 

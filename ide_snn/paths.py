@@ -13,7 +13,8 @@ from ide_snn.implicit import Gradient, Implicit
 from ide_snn.kernels import available
 from ide_snn.layers import Affine, Connection, FixedConnection
 from ide_snn.precision import Precision, rounds_convolutions, why_no_tf32
-from ide_snn.simulation import EVENT_PATHS, Path
+from ide_snn.record import Path
+from ide_snn.simulation import EVENT_PATHS
 from ide_snn.solvers import Gmres, Solver
 
 PATHS = {  # as the log says them

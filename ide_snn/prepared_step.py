@@ -49,7 +49,7 @@ from ide_snn.operators import Operator
 from ide_snn.optimizations import SpectralMatrix
 from ide_snn.products import product_stage
 from ide_snn.readout import Readout
-from ide_snn.simulation import Path
+from ide_snn.record import Path
 from ide_snn.solvers import Gmres, LinearProblem, Solution, solve
 from ide_snn.solvers.krylov import PreparedGmres
 

@@ -20,6 +20,7 @@ __all__ = [
     "SharedBatches",
     "describe",
     "random_state",
+    "require_in_range",
     "set_random_state",
 ]
 
@@ -104,6 +105,25 @@ class Progress:
     test_accuracy_best: float | None = None
     solves: int = 0
     solver_failures: int = 0
+
+
+def require_in_range(
+    prefix: str = "",
+    *,
+    epochs: int,
+    accumulation: int,
+    log_every: int,
+    gradient_clip: float | None,
+    label_smoothing: float,
+) -> None:
+    """Raises ValueError for an option of `fit` that is out of range, named with `prefix`."""
+    for name, value, least in (("epochs", epochs, 0), ("accumulation", accumulation, 1), ("log_every", log_every, 1)):
+        if value < least:
+            raise ValueError(f"{prefix}{name} must be at least {least}, got {value}")
+    if gradient_clip is not None and not gradient_clip > 0:
+        raise ValueError(f"{prefix}gradient_clip must be positive or null (None), got {gradient_clip}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"{prefix}label_smoothing must lie in [0, 1), got {label_smoothing}")
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor | None]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +188,8 @@ def with_shares(train: Batches, epoch: int, start: int) -> Iterator[tuple[Batch,
             yield (x, y), Share.whole(len(y))
 
 
-def _digest(value: Tensor) -> bytes:
+def _digest(value: Any) -> bytes:
+    if not isinstance(value, Tensor):  # of a module's get_extra_state
+        return repr(value).encode()
     content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.blake2b(content.tobytes(), digest_size=16).digest()

@@ -25,14 +25,14 @@ from typing import Any
 import torch
 
 from ide_snn.checkpoint import flatten
-from ide_snn.config import CONFIG_DIR, ConfigError, check, config_from_dict, config_to_dict, load_config
+from ide_snn.config import CONFIG_DIR, ConfigError, check, config_from_dict, config_to_dict, load_config, quote
 from ide_snn.files import sole_writer
-from ide_snn.hydra_tools import launch, quote, read_config_file, require_launcher
+from ide_snn.hydra_tools import launch, read_config_file, require_launcher
 from ide_snn.paper import ROWS
 from ide_snn.report import write_report
 from ide_snn.report.collect import BrokenRunError, read_json
 from ide_snn.report.lines import compare
-from ide_snn.reporting import write_json
+from ide_snn.reporting import warnings_and_errors_in_log_files, write_json
 from ide_snn.run import train
 from ide_snn.schemas import Config, ReproduceConfig
 
@@ -201,7 +201,6 @@ def attempt(config: Config, run_dir: Path) -> Outcome:
 
 
 def _attempt(config: Config, run_dir: Path) -> Outcome:
-    threads = torch.get_num_threads()
     failure = run_dir / "failure.json"
     failure.unlink(missing_ok=True)
     try:
@@ -214,8 +213,6 @@ def _attempt(config: Config, run_dir: Path) -> Outcome:
         except OSError as unwritable:
             log.error("%s could not be written: %s", failure, unwritable)
         return Outcome(error=text)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run(jobs: Sequence[Job], request: ReproduceConfig) -> tuple[dict[Path, Outcome], int | None]:
@@ -228,7 +225,7 @@ def _run(jobs: Sequence[Job], request: ReproduceConfig) -> tuple[dict[Path, Outc
                 return outcomes, next((o.interrupted for o in outcomes.values() if o.interrupted), None)
             for number, job in enumerate(jobs, start=1):
                 log.info("%d of %d: %s", number, len(jobs), job)
-                with _log_file(job.run_dir / "train.log"):
+                with _log_file(job.run_dir / "train.log"), warnings_and_errors_in_log_files():
                     outcome = outcomes[job.run_dir] = attempt(job.config, job.run_dir)
                 if outcome.interrupted is not None:
                     return outcomes, outcome.interrupted
@@ -311,14 +308,14 @@ def _log_file(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("ide_snn")
-    level = logger.level
-    if not logger.isEnabledFor(logging.INFO):
-        logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+    root, own = logging.getLogger(), logging.getLogger("ide_snn")
+    level = own.level
+    if not own.isEnabledFor(logging.INFO):
+        own.setLevel(logging.INFO)
+    root.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        root.removeHandler(handler)
+        own.setLevel(level)
         handler.close()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ide_snn.checkpoint import Checkpoint, CheckpointError, config_differences
+from ide_snn.checkpoint import Checkpoint, CheckpointError, config_differences, flatten, plain
 from ide_snn.data_record import data_differences
 from ide_snn.distributed import Ranks
 from ide_snn.evaluation import Totals
@@ -16,7 +18,7 @@ from ide_snn.monitor import BlockMonitor, merged
 from ide_snn.optim import Schedule
 from ide_snn.progress import random_state, set_random_state
 
-__all__ = ["CHANGEABLE", "refuse_changes", "restore_training", "training_state"]
+__all__ = ["CHANGEABLE", "TrainingState", "refuse_changes"]
 
 # Options that may change when a run is resumed: they do not change what is computed, but for rounding.
 CHANGEABLE = (
@@ -32,6 +34,9 @@ CHANGEABLE = (
     "trainer.process_timeout",
 )
 
+# Of the groups of an optimizer: which parameters, rates (`fit` has its own), and how steps are computed
+OF_THE_RUN = ("params", "param_names", "lr", "initial_lr", "foreach", "fused", "capturable", "differentiable")
+
 
 def refuse_changes(
     checkpoint: Checkpoint,
@@ -44,7 +49,7 @@ def refuse_changes(
     """Raises CheckpointError if the run was begun with another configuration, or with other data."""
     ignore: tuple[str, ...] = CHANGEABLE
     saved = upgrade(checkpoint.config) if checkpoint.config else {}
-    longer = bool(saved) and epochs >= saved["trainer"]["epochs"] > 0
+    longer = epochs >= flatten(saved).get("trainer.epochs", math.inf) > 0
     if longer and not schedule.depends_on_epochs:
         ignore = (*ignore, "trainer.epochs")
     changes = config_differences(saved, config, ignore=ignore)
@@ -63,58 +68,83 @@ def refuse_changes(
         )
 
 
-def training_state(
-    optimizer: torch.optim.Optimizer,
-    totals: Totals,
-    monitor: BlockMonitor,
-    seed: int,
-    device: torch.device,
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """Plain containers; all ranks take part, and rank 0 saves them.
+@dataclass
+class TrainingState:
+    """What a run has besides its model and its progress; all ranks save and restore it together.
 
-    The sums are those of all ranks, so that any number of processes can go on; what each of several ranks has is kept
-    beside them, so that the same number goes on exactly.
+    Attributes:
+        seed: of the dropout masks, and of the order of batches where that is drawn here.
     """
-    own: dict[str, Any] = {
-        "totals": totals.state_dict(),
-        "monitor": monitor.state_dict(),
-        "random": random_state(device),
-    }
-    every = ranks.gather(own)
-    state = {
-        "optimizer": optimizer.state_dict(),
-        "totals": merged([part["totals"] for part in every]),
-        "monitor": merged([part["monitor"] for part in every]),
-        "random": every[0]["random"],
-        "seed": seed,
-    }
-    return state if ranks.is_alone else {**state, "ranks": every}
 
+    optimizer: torch.optim.Optimizer
+    totals: Totals
+    monitor: BlockMonitor
+    seed: int
+    device: torch.device
+    ranks: Ranks
 
-def restore_training(
-    state: Mapping[str, Any],
-    optimizer: torch.optim.Optimizer,
-    totals: Totals,
-    monitor: BlockMonitor,
-    seed: int,
-    device: torch.device,
-    ranks: Ranks,
-) -> int:
-    """Puts back what `training_state` gave, by whatever number of ranks; returns the seed of the dropout masks."""
-    optimizer.load_state_dict(state["optimizer"])
-    every = state.get("ranks", [state])  # a single process, and version 0.1, have no list
-    if len(every) == ranks.count:
-        own: Mapping[str, Any] | None = every[ranks.rank]
-    else:
-        own = state if ranks.is_first else None
-    if own is None:
-        own_random(seed, ranks)
-    else:
-        totals.load_state_dict(own["totals"])
-        monitor.load_state_dict(own["monitor"])
-        set_random_state(own["random"], device)
-    return int(state.get("seed", seed))
+    def saved(self) -> dict[str, Any]:
+        """Plain containers, which rank 0 writes.
+
+        The sums are those of all ranks, so that any number of processes can go on; what each of several ranks has is
+        kept beside them, so that the same number goes on exactly.
+        """
+        own: dict[str, Any] = {
+            "totals": self.totals.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "random": random_state(self.device),
+        }
+        every = self.ranks.gather(own)
+        state = {
+            "optimizer_kind": type(self.optimizer).__name__,
+            "optimizer": self.optimizer.state_dict(),
+            "totals": merged([part["totals"] for part in every]),
+            "monitor": merged([part["monitor"] for part in every]),
+            "random": every[0]["random"],
+            "seed": self.seed,
+        }
+        return state if self.ranks.is_alone else {**state, "ranks": every}
+
+    def restore(self, state: Mapping[str, Any]) -> int:
+        """Puts back what `saved` gave, to any number of ranks; returns the seed of the run.
+
+        Raises:
+            CheckpointError: for an optimizer of another kind, or with other options than its rates.
+        """
+        self._refuse_other_optimizer(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        every = state.get("ranks", [state])  # a single process, and version 0.1, have no list
+        if len(every) == self.ranks.count:
+            own: Mapping[str, Any] | None = every[self.ranks.rank]
+        else:
+            own = state if self.ranks.is_first else None
+        if own is None:
+            own_random(self.seed, self.ranks)
+        else:
+            self.totals.load_state_dict(own["totals"])
+            self.monitor.load_state_dict(own["monitor"])
+            set_random_state(own["random"], self.device)
+        return int(state.get("seed", self.seed))
+
+    def _refuse_other_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Of options that only one of the two has, versions of torch may be the reason."""
+        kind, now = state.get("optimizer_kind"), type(self.optimizer).__name__
+        if kind not in (None, now):
+            raise CheckpointError(f"the run was begun with the optimizer {kind}, so it cannot be resumed with {now}")
+        groups, own = state["optimizer"]["param_groups"], self.optimizer.param_groups
+        if len(groups) != len(own):
+            raise CheckpointError(f"the run's optimizer has {len(groups)} groups of parameters, not {len(own)}")
+        changes = [
+            f"{name}: {group[name]} -> {mine[name]}"
+            for group, mine in zip(groups, own, strict=True)
+            for name in mine
+            if name in group and name not in OF_THE_RUN and plain(mine[name], name) != group[name]
+        ]
+        if changes:
+            raise CheckpointError(
+                f"the run was begun with another optimizer, so it cannot be resumed: {'; '.join(changes)} (saved -> "
+                "now). Set these options back, or train in another folder"
+            )
 
 
 def own_random(seed: int, ranks: Ranks) -> None:

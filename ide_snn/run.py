@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from ide_snn.config import (
     build_schedule,
     config_from_dict,
     config_to_dict,
-    how_to_go_on,
     input_normalization,
     load_config,
     resolve_device,
@@ -61,6 +60,7 @@ def train(config: Config, run_dir: Path) -> FitResult:
         RankLostError, RankError: another process has ended, or has other weights.
     """
     device = _prepare_device(config.device)
+    threads = torch.get_num_threads()
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     try:
@@ -70,7 +70,9 @@ def train(config: Config, run_dir: Path) -> FitResult:
             with sole_writer(run_dir) if ranks.is_first else nullcontext():
                 return _train(config, run_dir, device, ranks)
     finally:
-        memory.release()  # the next run of a sweep may be of a smaller network
+        # for the next run of a sweep, which may be of a smaller network
+        memory.release()
+        torch.set_num_threads(threads)
 
 
 def _train(config: Config, run_dir: Path, device: torch.device, ranks: Ranks) -> FitResult:
@@ -80,7 +82,7 @@ def _train(config: Config, run_dir: Path, device: torch.device, ranks: Ranks) ->
     model = build_model(config)
     optimizer = build_optimizer(config, model.to(device))
     dataset = _load_in_turn(config, ranks)
-    loaders = build_loaders(config, dataset, device)
+    loaders, data = build_loaders(config, dataset, device), data_section(dataset)
     log.info("%s: %d parameters on %s; everything goes to %s", config.name, _count(model), device, run_dir)
     if ranks.is_first:
         _warn_about_idle_options(config)
@@ -103,15 +105,13 @@ def _train(config: Config, run_dir: Path, device: torch.device, ranks: Ranks) ->
         resume=config.resume == "auto",
         config=config_to_dict(config),
         upgrade=lambda saved: config_to_dict(config_from_dict(saved)),
-        data=data_section(dataset),
+        data=data,
         begun=lambda resumed: _write_record(config, run_dir, device, resumed),
         log_every=config.trainer.log_every,
         progress=config.trainer.progress,
     )
-    if result.interrupted is not None:
-        log.info("stopped; to go on, repeat the command with: %s", how_to_go_on(run_dir))
-    elif ranks.is_first:
-        _write_result(result, config, dataset, run_dir)
+    if result.interrupted is None and ranks.is_first:
+        _write_result(result, config, data, run_dir)
     return result
 
 
@@ -206,19 +206,20 @@ def _write_record(config: Config, run_dir: Path, device: torch.device, resumed: 
     record_versions(run_dir / "versions.json", versions(device), resumed=resumed)
 
 
-def _write_result(result: FitResult, config: Config, dataset: Dataset, run_dir: Path) -> None:
+def _write_result(result: FitResult, config: Config, data: Mapping[str, Any], run_dir: Path) -> None:
     """result.json, unless a finished run has it already."""
     path = run_dir / "result.json"
     if not (result.already_finished and path.exists()):
         content = asdict(result)
         del content["interrupted"], content["already_finished"]
         names = {"experiment": config.name, "dataset": config.dataset.name, "seed": config.seed}
-        data = {
-            "dataset_title": dataset.title,
-            "train_samples": len(dataset.train),
-            "test_samples": len(dataset.test),
+        of_data = {
+            "dataset_title": data["title"],
+            "train_samples": data["train_samples"],
+            "test_samples": data["test_samples"],
+            "data_digest": data["digest"],
         }
-        write_json(path, {**content, **names, **data})
+        write_json(path, {**content, **names, **of_data})
     log.info(
         "test accuracy: last %.2f %%, best %.2f %% (epoch %s, chosen on the %s set); see %s",
         100 * (result.test_accuracy_last or 0.0),
@@ -258,6 +259,8 @@ def model_from_checkpoint(
 def evaluate_checkpoint(request: EvaluateConfig) -> dict[str, Any]:
     """Accuracy, loss and firing rates on the test set of the data the checkpoint was trained on; prints JSON.
 
+    With early exit also the mean number of steps that a sample took.
+
     Several processes (torchrun) share the work; rank 0 prints.
     """
     with process_group(_prepare_device(request.device)) as ranks:
@@ -277,7 +280,10 @@ def _evaluate_checkpoint(request: EvaluateConfig, ranks: Ranks) -> dict[str, Any
         trainer = replace(config.trainer, evaluation_batch_size=request.batch_size)
         config = replace(config, trainer=trainer)
     test = build_loaders(config, dataset, next(model.parameters()).device).test
-    figures = asdict(evaluate(model, test, progress=None if ranks.is_first else False, ranks=ranks))
+    options: dict[str, Any] = {"early_exit": request.early_exit, "ranks": ranks}
+    figures = asdict(evaluate(model, test, progress=None if ranks.is_first else False, **options))
+    if request.early_exit is None:
+        del figures["mean_steps"]
     report = {
         "checkpoint": str(checkpoint.path),
         "experiment": config.name,

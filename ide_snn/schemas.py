@@ -260,6 +260,7 @@ class EvaluateConfig:
     time_steps: int | None
     data_dir: str | None
     batch_size: int | None
+    early_exit: float | None
     device: str
     output: str | None
 

@@ -9,10 +9,11 @@ All membranes and spikes are zero at t = 0. Source: Xiao et al., NeurIPS 2021, s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,9 +23,9 @@ from ide_snn.firing import weighted_rate
 from ide_snn.kernels import in_layout_of, neuron_step_
 from ide_snn.layers import Affine, cached_weights
 from ide_snn.neurons import NeuronParams, step_
+from ide_snn.record import Path, Rates, Record, together
 
 Advance = Callable[[Tensor, Tensor, Tensor, NeuronParams], None]
-Path = Literal["dense", "fused", "fused_half", "events", "events16"]
 EVENT_PATHS = ("events", "events16")
 FUSED_PATHS = ("fused", "fused_half")
 CHANNELS_LAST_PATHS = (*EVENT_PATHS, "fused_half")  # the layout of tensor cores, too
@@ -40,67 +41,6 @@ class Map(Protocol):
         ...
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Record:
-    """What to keep beside the last population's rate.
-
-    Attributes:
-        all_rates: the weighted rates of every population.
-        spike_fraction: the mean spikes per time step of every neuron, unweighted.
-        spikes, membranes: those of every time step [T, B, *]; their memory grows with T.
-        mean_response: of the feedback, for the gradient of event-driven paths.
-        on_step: called after every time step with what can be seen there, for anything else.
-    """
-
-    all_rates: bool = False
-    spike_fraction: bool = False
-    spikes: bool = False
-    membranes: bool = False
-    mean_response: bool = False
-    on_step: Callable[[Step], None] | None = None
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a simulation measured.
-
-    Attributes:
-        last: weighted firing rate a_n of the last population [B, *]; NaN for a sample in which any membrane ended
-            NaN or infinite.
-        all: weighted rates of every population, first to last; empty unless recorded.
-        spike_fraction: spikes per time step of every neuron of every population [B, *] (unweighted mean);
-            empty unless recorded.
-        spikes: spike trains of every population, bool [T, B, *]; empty unless recorded.
-        membranes: membrane potentials of every population at the end of each step, that is after reset and leak,
-            [T, B, *]; empty unless recorded.
-        mean_response: K_fb a_n + b of the feedback before its gain, [B, *], for the weighted rates a_n: the mean of its
-            responses to the single steps, with the weights of the simulation (on "events16" rounded). None unless
-            recorded, which only event-driven paths do.
-        time_steps: T.
-        path: how it was computed, see `simulate`.
-    """
-
-    last: Tensor
-    time_steps: int
-    path: Path = "dense"
-    all: tuple[Tensor, ...] = ()
-    spike_fraction: tuple[Tensor, ...] = ()
-    spikes: tuple[Tensor, ...] = ()
-    membranes: tuple[Tensor, ...] = ()
-    mean_response: Tensor | None = None
-
-    @property
-    def firing_rate(self) -> Tensor:
-        """Mean spikes per neuron and time step of each population [n], on the device.
-
-        Raises:
-            ValueError: if `spike_fraction` was not recorded.
-        """
-        if not self.spike_fraction:
-            raise ValueError("firing rates were not recorded: simulate with Record(spike_fraction=True)")
-        return torch.stack([fraction.mean() for fraction in self.spike_fraction])
 
 
 class _Population:
@@ -130,6 +70,19 @@ class _Population:
         self.weighted = state() if rate or (count and leak == 1) else None
         self.count = state() if count and leak != 1 else self.weighted
         self.response = state() if response else None
+
+    def part(self, samples: Tensor) -> _Population:
+        """A copy with the state of these samples (indices) only."""
+
+        def own(state: Tensor) -> Tensor:
+            found = state[samples]
+            return event_driven.channels_last(found) if self.path in CHANNELS_LAST_PATHS else found
+
+        part = copy.copy(self)
+        part.u, part.spikes = own(self.u), own(self.spikes)
+        part.weighted = None if self.weighted is None else own(self.weighted)
+        part.count = part.weighted if self.count is self.weighted else own(self.count)  # type: ignore[arg-type]
+        return part
 
 
 class Step:
@@ -213,14 +166,47 @@ def simulate(
         else:
             engine = _Dense((feedback, *layers), populations, neuron, None if path in FUSED_PATHS else advance)
         watcher = _Watcher(populations, neuron, record)
+        ended = _Ended(x.shape[0], x.device)
         # all steps at once where nobody looks in between
         stride = 1 if callable(drive) or watcher.looks else time_steps
         for t in range(0, time_steps, stride):
             if t > 0 and callable(drive):
-                x = drive(t)
+                x = drive(t) if not ended.parts else drive(t)[ended.going_on]
             engine.run(x, t, stride, 1 / neuron.total_weight(time_steps) if t + stride == time_steps else 0)
             watcher.look(t + stride)
-    return _measure(populations, watcher, neuron, time_steps, record, path)
+            if record.stop is not None and t + stride < time_steps:
+                stopped = record.stop(Step(t + stride, populations, neuron))
+                going_on = ended.take(stopped, populations, watcher, neuron, t + stride, record, path)
+                if going_on is not None:
+                    x = x[going_on]
+                    if not len(x):
+                        return together(ended.parts)
+    rates = _measure(populations, watcher, neuron, time_steps, record, path)
+    return rates if record.stop is None else together([*ended.parts, (ended.going_on, rates)])
+
+
+class _Ended:
+    """The samples that a simulation has ended for, and what was measured of them."""
+
+    def __init__(self, samples: int, device: torch.device) -> None:
+        self.parts: list[tuple[Tensor, Rates]] = []
+        self.going_on = torch.arange(samples, device=device)
+
+    def take(self, stopped: Tensor, populations: Sequence[_Population], *measured: Any) -> Tensor | None:
+        """Takes samples out of the populations; returns those that go on among what they were, None for all.
+
+        Args:
+            stopped: which of the samples that were going on, bool.
+            measured: what else `_measure` takes.
+        """
+        if not bool(stopped.any()):
+            return None
+        out, going_on = stopped.nonzero().flatten(), (~stopped).nonzero().flatten()
+        self.parts.append((self.going_on[out], _measure([p.part(out) for p in populations], *measured)))
+        for population in populations:
+            vars(population).update(vars(population.part(going_on)))
+        self.going_on = self.going_on[going_on]
+        return going_on
 
 
 class _Dense:
@@ -311,7 +297,7 @@ class _Watcher:
         self.populations, self.neuron, self.record = populations, neuron, record
         self.trains: list[list[Tensor]] = [[] for _ in populations]
         self.traces: list[list[Tensor]] = [[] for _ in populations]
-        self.looks = record.spikes or record.membranes or record.on_step is not None
+        self.looks = record.spikes or record.membranes or bool(record.on_step or record.stop)
 
     def look(self, t: int) -> None:
         """After time step t = 1..T."""

@@ -21,7 +21,7 @@ from ide_snn.analysis import (
 )
 from ide_snn.analysis.rates import telling_neurons
 from ide_snn.neurons import rate_weights, step
-from ide_snn.simulation import Record
+from ide_snn.record import Record
 
 IF = NeuronParams(2.0, 1.0)
 FEATURES = {"fc": 8, "conv": 48, "multilayer": 12, "pooled": 16}

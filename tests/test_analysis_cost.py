@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ide_snn import Connection, FeedbackSNN, NeuronParams
 from ide_snn.analysis import Cost, Operations, SynapticCost, UncountableError, energy_pj, fan_out, measure
 from ide_snn.operators import Operator
-from ide_snn.simulation import Record
+from ide_snn.record import Record
 
 
 def reached(connection: Connection, neuron: tuple[int, ...], shape: tuple[int, ...]) -> int:

@@ -15,7 +15,7 @@ from torch import nn
 from ide_snn import Bptt, Connection, FeedbackSNN, FixedPoint, Gmres, Implicit, NeuronParams, SNNIDEFCNet
 from ide_snn.neurons import step
 from ide_snn.optimizations import get_constraint
-from ide_snn.simulation import Record
+from ide_snn.record import Record
 
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:

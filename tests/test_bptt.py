@@ -19,7 +19,7 @@ from ide_snn import (
     SNNIDEFCNet,
 )
 from ide_snn.bptt import Bptt
-from ide_snn.simulation import Record
+from ide_snn.record import Record
 from ide_snn.surrogate import SURROGATES, ATan, Sigmoid
 
 NETWORKS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from conftest import PROJECT
 
 from ide_snn.checkpoint import CheckpointError, load_checkpoint
-from ide_snn.config import ConfigError
+from ide_snn.config import ConfigError, quote
 from ide_snn.data import DataError
 from ide_snn.run import evaluate_checkpoint, model_from_checkpoint, predict_image
 from ide_snn.schemas import EvaluateConfig, PredictConfig
@@ -139,16 +140,20 @@ def test_warnings_of_a_run_are_in_its_log(tmp_path: Path) -> None:
 
 
 def test_a_sweep_that_was_stopped_goes_on(tmp_path: Path) -> None:
-    sweep = command("train", *TINY, "trainer.epochs=5", "-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
-    with subprocess.Popen(sweep, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        wait_for_epoch(tmp_path / "0", process)
+    folder = tmp_path / "my sweep, tol=0.1 (it's new)"
+    sweep = command("train", *TINY, "trainer.epochs=5", "-m", "seed=0,1")
+    begun = [*sweep, quote("hydra.sweep.dir", str(folder))]
+    with subprocess.Popen(begun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        wait_for_epoch(folder / "0", process)
         os.kill(process.pid, signal.SIGTERM)
         output, _ = process.communicate(timeout=100)
-    assert f"repeat the command with: resume=auto hydra.sweep.dir={tmp_path}" in output.decode()
-    done = subprocess.run([*sweep, "resume=auto"], capture_output=True, text=True, timeout=200)
+    _, _, remedy = output.decode().partition("repeat the command with: ")
+    overrides = shlex.split(remedy.splitlines()[0])
+    assert overrides[0] == "resume=auto"
+    done = subprocess.run([*sweep, *overrides], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     for job in ("0", "1"):
-        with (tmp_path / job / "metrics.csv").open(newline="") as file:
+        with (folder / job / "metrics.csv").open(newline="") as file:
             assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4", "5"]
 
 

@@ -18,7 +18,8 @@ from ide_snn.event_driven import EventConnection
 from ide_snn.firing import fire_
 from ide_snn.layers import Affine
 from ide_snn.operators import Operator
-from ide_snn.simulation import Record, simulate
+from ide_snn.record import Record
+from ide_snn.simulation import simulate
 
 REASON = native.why_unavailable("events")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")

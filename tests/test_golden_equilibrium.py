@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ide_snn import Anderson, Broyden, Connection, FeedbackSNN, FixedPoint, Gmres, Implicit, NeuronParams
 from ide_snn.equilibrium import dense_jacobian
 from ide_snn.optimizations import get_constraint, raw_weight
-from ide_snn.simulation import Record
+from ide_snn.record import Record
 
 FILES = golden_files("equilibrium/*.npz")
 SOLVERS = [

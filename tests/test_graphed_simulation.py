@@ -14,7 +14,7 @@ from networks import KINDS, LIF, example_input, small_block, warmed_up
 from torch import Tensor
 
 from ide_snn import FeedbackSNN, Gmres, NeuronParams, graphs
-from ide_snn.simulation import Record
+from ide_snn.record import Record
 
 
 class Replayed:

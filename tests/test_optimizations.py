@@ -295,6 +295,19 @@ def test_remove_leaves_a_plain_weight(kind: str, name: str) -> None:
     constrain(module, name, input_size=INPUTS[kind][1:] or None)  # and again
 
 
+@every_constraint
+@pytest.mark.parametrize("from_the_copy", [True, False])
+def test_removing_from_one_leaves_copies_as_they_were(name: str, from_the_copy: bool) -> None:
+    module = made("conv", name).eval()
+    twin, weight = copy.deepcopy(module), module.weight.detach().clone()
+    first, other = (twin, module) if from_the_copy else (module, twin)
+    remove_constraint(first)
+    assert torch.equal(other.weight, weight)
+    assert get_constraint(other) is not None
+    assert torch.equal(copy.deepcopy(other).weight, weight)
+    assert type(remove_constraint(other)) is type(first) is nn.Conv2d
+
+
 @pytest.mark.parametrize("name", ITERATED)
 def test_assigning_a_weight_keeps_the_bound(name: str) -> None:
     """The singular vectors of the weight before say nothing about the one assigned."""

@@ -252,23 +252,6 @@ def test_runs_of_ones_own(tmp_path: Path) -> None:
     assert cells(line)["Epochs"] == "2 of 2"
 
 
-def test_runs_of_one_name_are_told_apart_by_what_differs(tmp_path: Path) -> None:
-    options = {
-        "loose": ["solver.tol=0.1"],
-        "tight": ["solver.tol=0.01"],
-        "bptt": ["method=bptt", "solver.tol=0.01", "trainer.threads=1"],
-        "other network": ["neuron=if"],
-    }
-    for folder, overrides in options.items():
-        write_run(tmp_path / folder, "trainer.epochs=1", *overrides, accuracies=[0.9])
-    assert [line.label for line in lines(collect(tmp_path).runs) if line.paper is None] == [
-        "digits_fc_if",
-        "digits_fc_lif (solver.tol=0.01, method=bptt)",
-        "digits_fc_lif (solver.tol=0.01, method=ide)",
-        "digits_fc_lif (solver.tol=0.1, method=ide)",
-    ]
-
-
 def test_another_method_is_one_change_of_the_recipe(tmp_path: Path) -> None:
     write_run(tmp_path / "run", FASHION, "method=bptt", accuracies=rising(0.9, 0.89, 100))
     assert [note.text for note in line_of(tmp_path).notes] == ["method.name: ide -> bptt"]

@@ -18,9 +18,9 @@ import torch
 from conftest import PROJECT
 
 from ide_snn import reproduce as module
-from ide_snn import training
-from ide_snn.config import load_config
-from ide_snn.hydra_tools import launch, quote, read_config_file, require_launcher
+from ide_snn import training_run
+from ide_snn.config import load_config, quote
+from ide_snn.hydra_tools import launch, read_config_file, require_launcher
 from ide_snn.paper import ROWS
 from ide_snn.reproduce import Outcome, State, attempt, choose_experiments, inspect, plan, reproduce
 from ide_snn.run import train
@@ -85,14 +85,14 @@ def test_a_seed_gives_what_it_gives_alone(tmp_path: Path) -> None:
 
 def stop_after_first_epoch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """The first epoch to end sends this process the signal, as Ctrl-C or a queue would."""
-    describe = training.describe
+    describe = training_run.describe
 
     def describe_and_stop(*args: Any) -> str:
-        monkeypatch.setattr(training, "describe", describe)
+        monkeypatch.setattr(training_run, "describe", describe)
         os.kill(os.getpid(), number)
         return describe(*args)
 
-    monkeypatch.setattr(training, "describe", describe_and_stop)
+    monkeypatch.setattr(training_run, "describe", describe_and_stop)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ide_snn import training
+from ide_snn import training_run
 from ide_snn.checkpoint import CheckpointError, load_checkpoint
 from ide_snn.config import load_config
 from ide_snn.data import DeviceLoader
@@ -155,7 +155,7 @@ def test_killed_while_saving(
     tmp_path: Path, reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     """Between best.pt and last.pt, and between last.pt and metrics.csv."""
-    original = training.save_checkpoint
+    original = training_run.save_checkpoint
     count = 0
 
     def save(*args: Any, **kwargs: Any) -> None:
@@ -165,7 +165,7 @@ def test_killed_while_saving(
         if count == calls:
             raise Killed
 
-    monkeypatch.setattr(training, "save_checkpoint", save)
+    monkeypatch.setattr(training_run, "save_checkpoint", save)
     with pytest.raises(Killed):
         train(tiny(), tmp_path)
     monkeypatch.undo()
@@ -292,10 +292,10 @@ def test_the_number_of_threads_may_change(
     at_batch(10, terminate)
     train(tiny(), tmp_path)
     threads = torch.get_num_threads()
-    try:
-        train(tiny("resume=auto", "trainer.threads=1"), tmp_path)
-    finally:
-        torch.set_num_threads(threads)
+    train(tiny("resume=auto", f"trainer.threads={threads + 1}"), tmp_path)
+    assert torch.get_num_threads() == threads, "the next run of a sweep has what it asks for"
+    versions = json.loads((tmp_path / "versions.json").read_text())
+    assert [versions["threads"], *(one["threads"] for one in versions["earlier"])] == [threads + 1, threads]
     found = final_state(tmp_path)["model"]
     for name, value in reference["model"].items():
         torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-3)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from ide_snn import SNNIDEFCNet
-from ide_snn.checkpoint import CheckpointError
+from ide_snn.checkpoint import CheckpointError, load_checkpoint
 from ide_snn.data import TorchLoader
 from ide_snn.run import model_from_checkpoint
 from ide_snn.training import fit
@@ -53,6 +66,161 @@ def test_a_resumed_run_has_the_same_weights(tmp_path: Path) -> None:
         assert torch.equal(states[1][name], value), name
 
 
+class WithSetEpoch(BatchSampler):
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        return iter([order[k : k + 16] for k in range(0, 60, 16)])
+
+
+def test_batch_samplers_of_your_own() -> None:
+    data = pairs().dataset
+    inner = SequentialSampler(data)
+    batches = TorchLoader(DataLoader(data, batch_sampler=WithSetEpoch(inner, 16, False)))
+    first, second = (torch.cat([x for x, _ in batches.epoch(number)]) for number in (0, 1))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, torch.cat([x for x, _ in batches.epoch(0)]))
+
+    class Random(BatchSampler):
+        def __iter__(self) -> Iterator[list[int]]:
+            return iter(torch.randperm(60).split(16))
+
+    with pytest.raises(ValueError, match="the order of Random cannot be repeated"):
+        TorchLoader(DataLoader(data, batch_sampler=Random(inner, 16, False)))
+
+
+def test_torchs_batch_sampler_around_a_random_one() -> None:
+    data = pairs().dataset
+    batches = TorchLoader(DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 16, False)), seed=4)
+    first, again, other = (torch.cat([x for x, _ in batches.epoch(number)]) for number in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("batches_read", [1, 4])
+def test_the_loaders_own_generators_are_put_back(batches_read: int) -> None:
+    loader, own = pairs(), torch.Generator()
+    loader.generator = loader.sampler.generator = own
+    reader = TorchLoader(loader).epoch(0)
+    for _ in range(batches_read):
+        next(reader)
+    assert loader.generator is not own
+    del reader
+    assert loader.generator is own
+    assert loader.sampler.generator is own
+    assert loader.worker_init_fn is None
+
+
+def test_without_a_seed_each_run_has_an_order_of_its_own(tmp_path: Path) -> None:
+    seen: list[list[int]] = []
+
+    class Recording(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            seen[-1].append(index)
+            return super().__getitem__(index)
+
+    data = Recording(*pairs().dataset.tensors)
+    for number, global_seed in enumerate([1, 2, 1, 9]):
+        torch.manual_seed(global_seed)
+        seen.append([])
+        net = network()
+        folder = tmp_path / str(number % 3)  # the last goes on with that of the first
+        loader = DataLoader(data, 16, shuffle=True)
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        options: dict[str, Any] = {"run_dir": folder, "resume": True, "progress": False}
+        fit(net, loader, pairs(20), optimizer=optimizer, epochs=1 + number // 3, **options)
+    first, second, third, continued = seen
+    assert first == third
+    assert first != second
+    assert sorted(first) == sorted(continued) == list(range(60))
+    mine = TorchLoader(
+        DataLoader(data, 16, shuffle=True), torch.load(tmp_path / "0/checkpoints/last.pt")["training"]["seed"]
+    )
+    seen.append([])
+    list(mine.epoch(1))
+    assert seen[-1] == continued
+
+
+def test_a_resumed_run_keeps_the_order_of_its_own_seed(tmp_path: Path) -> None:
+    states = []
+    for seeds in ([5, 5], [5, 6]):
+        net = network()
+        for epochs, seed in enumerate(seeds, start=1):
+            options: dict[str, Any] = {"run_dir": tmp_path / str(seeds[-1]), "resume": True, "progress": False}
+            optimizer = torch.optim.SGD(net.parameters(), 0.05)
+            fit(net, pairs(), pairs(20), optimizer=optimizer, epochs=epochs, seed=seed, **options)
+        states.append(net.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+
+
+def test_stopped_in_an_evaluation_of_a_loader(tmp_path: Path) -> None:
+    """torch's loaders draw from the global generator, and so does torch's dropout."""
+    states = []
+    for stop in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+        asked = 0
+
+        class Stopping(TensorDataset):
+            def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+                nonlocal asked
+                asked += 1
+                if asked == 3 and stop:  # noqa: B023
+                    signal.raise_signal(signal.SIGTERM)
+                return super().__getitem__(index)
+
+        test = DataLoader(Stopping(*pairs(20).dataset.tensors), 4)
+        interrupted = 0
+        for _ in range(1 + stop):
+            options: dict[str, Any] = {"run_dir": tmp_path / str(stop), "resume": True, "progress": False, "seed": 1}
+            optimizer = torch.optim.SGD(net.parameters(), 0.05)
+            interrupted += fit(net, pairs(), test, optimizer=optimizer, epochs=3, **options).interrupted is not None
+        assert interrupted == stop
+        states.append(net.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+
+
+STOPPED_WITH_WORKERS = """
+import os, signal, sys, threading
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from ide_snn.training import fit
+
+started = threading.Event()
+
+class Slow(TensorDataset):
+    def __getitem__(self, index):
+        threading.Event().wait(0.01)
+        return super().__getitem__(index)
+
+torch.manual_seed(0)
+data = Slow(torch.randn(400, 4), torch.arange(400) % 3)
+net = nn.Linear(4, 3)
+
+def stop_when_workers_work(module, inputs, output):
+    if not started.is_set():
+        started.set()
+        threading.Timer(0.3, os.killpg, (0, signal.SIGTERM)).start()
+
+net.register_forward_hook(stop_when_workers_work)
+train = DataLoader(data, 8, shuffle=True, num_workers=2)
+result = fit(net, train, [], optimizer=torch.optim.SGD(net.parameters(), 0.1), epochs=50, run_dir=sys.argv[1])
+print("interrupted", result.interrupted)
+"""
+
+
+def test_a_signal_to_the_group_ends_no_worker_before_the_run_is_saved(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STOPPED_WITH_WORKERS, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True)
+    assert done.stdout.strip() == f"interrupted {signal.SIGTERM.value}", done.stderr
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt").progress["step"] > 0
+
+
 def test_its_checkpoint_is_no_networks_of_the_scripts(tmp_path: Path) -> None:
     trained(network(), 1, tmp_path)
     with pytest.raises(CheckpointError, match=r"was written by fit\(\) without a config.*torch.load"):
@@ -74,3 +242,12 @@ def test_what_cannot_be_trained_on_leaves_nothing_behind(tmp_path: Path) -> None
 
     with pytest.raises(ValueError, match="the order of Own cannot be repeated"):
         TorchLoader(DataLoader(TensorDataset(torch.zeros(4, 1)), sampler=Own()))
+    with pytest.raises(ValueError, match="no batches: use a smaller batch_size"):
+        TorchLoader(DataLoader(TensorDataset(torch.zeros(4, 1)), batch_size=8, drop_last=True))
+
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(4))
+
+    with pytest.raises(ValueError, match=r"order of an IterableDataset cannot be repeated.*__getitem__"):
+        TorchLoader(DataLoader(Stream()))

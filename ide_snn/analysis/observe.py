@@ -19,7 +19,8 @@ from ide_snn.block import FeedbackSNN
 from ide_snn.evaluation import device_of, show_bar
 from ide_snn.monitor import feedback_blocks
 from ide_snn.operators import KNOWN_MODULES
-from ide_snn.simulation import Rates, Record, Step
+from ide_snn.record import Rates, Record
+from ide_snn.simulation import Step
 
 __all__ = ["Meter", "Observation", "RestCall", "Site", "evaluation_mode", "measure", "observe"]
 

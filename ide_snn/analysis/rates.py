@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ide_snn.analysis.observe import Observation, Site, evaluation_mode
-from ide_snn.simulation import Record
+from ide_snn.record import Record
 
 __all__ = ["FiringRates", "PopulationRate", "Trace", "telling_neurons", "trace"]
 

@@ -127,11 +127,15 @@ def _load(source: _Source, data_dir: Path | None, download: bool, system_folder:
         _download(source, data_dir.expanduser(), system_folder)
     folder = _find_folder(source, data_dir, system_folder)
     logger.info("%s: read from %s", source.title, folder)
+    try:
+        train, test = (_read_split(folder, *FILES[part]) for part in ("train", "test"))
+    except DataError as error:
+        raise DataError(f"{error}. Remove it first; then: {_how_to_get(source)}") from error
     return Dataset(
         name=source.name,
         title=source.title,
-        train=_read_split(folder, *FILES["train"]),
-        test=_read_split(folder, *FILES["test"]),
+        train=train,
+        test=test,
         validation=None,
         num_classes=NUM_CLASSES,
         class_names=source.class_names,

@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 
 class TorchLoader:
     """The batches (x, y) of a `DataLoader`, whose order in an epoch is a function of seed and epoch alone.
 
     So that a resumed run sees the batches that it has not seen. What the data set itself draws (augmentation) is
-    drawn anew, from torch's generator of each worker, which is seeded in the same way.
+    drawn anew: from torch's generator of each worker, which is seeded in the same way unless workers are persistent.
+    While an epoch is read, generators of the loader and of its sampler are replaced, and first signals to end do not
+    end its workers, so that the process that trains can save.
 
     Args:
-        loader: of pairs (x, y); shuffled by `shuffle=True`, or by a sampler with `set_epoch` or `generator`.
+        loader: of pairs (x, y); shuffled by `shuffle=True`, or by a sampler, or batch sampler, with `set_epoch` or
+            `generator`.
         seed: of the order.
 
     Raises:
-        ValueError: for a sampler whose order cannot be repeated.
+        ValueError: for an order that cannot be repeated, and for no batches.
     """
 
     def __init__(self, loader: DataLoader[Any], seed: int = 0) -> None:
-        sampler = loader.sampler
+        if isinstance(loader.dataset, IterableDataset):
+            raise ValueError(
+                "the order of an IterableDataset cannot be repeated when a run is resumed: use a data set with "
+                "__getitem__, or an object with __len__() and epoch(e, start=k) instead of the loader"
+            )
+        sampler = _order_of(loader)
         known = isinstance(sampler, (RandomSampler, SequentialSampler))
         if not known and not hasattr(sampler, "set_epoch") and not hasattr(sampler, "generator"):
             raise ValueError(
                 f"the order of {type(sampler).__name__} cannot be repeated when a run is resumed: use shuffle=True, or "
                 "a sampler with set_epoch(epoch) or an attribute generator"
             )
+        if len(loader) == 0:
+            raise ValueError("the loader has no batches: use a smaller batch_size, or drop_last=False")
         self.loader, self.seed = loader, seed
 
     def __len__(self) -> int:
@@ -42,27 +54,63 @@ class TorchLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Those of epoch `epoch`, counted from 0, without the first `start`."""
         order, workers = np.random.SeedSequence((self.seed, epoch)).generate_state(2, np.uint64)
-        sampler: Any = self.loader.sampler
+        loader, sampler = self.loader, _order_of(self.loader)
+        started = functools.partial(_start_worker, loader.worker_init_fn)
+        replaced = [
+            (loader, "generator", torch.Generator().manual_seed(int(workers >> 1))),
+            (loader, "worker_init_fn", started),
+        ]
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
         elif hasattr(sampler, "generator"):
-            sampler.generator = torch.Generator().manual_seed(int(order >> 1))
-        self.loader.generator = torch.Generator().manual_seed(int(workers >> 1))
-        return itertools.islice(iter(self.loader), start, None)
+            replaced.append((sampler, "generator", torch.Generator().manual_seed(int(order >> 1))))
+        before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+        try:
+            _assign(replaced)
+            yield from itertools.islice(iter(loader), start, None)
+        finally:
+            _assign(before)
 
 
-def as_batches(train: Any, seed: int | None) -> Any:
+def _order_of(loader: DataLoader[Any]) -> Any:
+    """What draws the order: a batch sampler of one's own, or the sampler."""
+    batches = loader.batch_sampler
+    if batches is None:
+        return loader.sampler
+    return batches.sampler if type(batches) is BatchSampler else batches
+
+
+def _assign(values: list[tuple[Any, str, Any]]) -> None:
+    for owner, name, value in values:
+        setattr(owner, name, value)
+
+
+def _start_worker(given: Callable[[int], None] | None, worker: int) -> None:
+    """In a new worker: its first SIGTERM is the group's, of which the process that trains takes care."""
+
+    def once(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, once)
+    if given is not None:
+        given(worker)
+
+
+def as_batches(train: Any) -> Any:
     """`train` if it has epochs, a `DataLoader` as a `TorchLoader`.
 
     Raises:
         TypeError: for anything else.
+        ValueError: there are no batches, or their order cannot be repeated.
     """
     if isinstance(train, DataLoader):
-        return TorchLoader(train, 0 if seed is None else seed)
+        return TorchLoader(train)
     if not (hasattr(train, "epoch") and hasattr(train, "__len__")):
         raise TypeError(
             f"a {type(train).__name__} cannot be trained on: give a torch DataLoader, a DeviceLoader, or an object "
             "with __len__() and epoch(e, start=k), which yields the batches (x, y) of epoch e without the first k, "
             "always the same"
         )
+    if len(train) == 0:
+        raise ValueError("there are no training batches: use a smaller batch_size, or drop_last=False")
     return train

@@ -45,6 +45,12 @@ def available(device: torch.device | str) -> Availability:
     return Availability("triton", f"triton {kernels.TRITON_VERSION}, {torch.cuda.get_device_name(device)}")
 
 
+def why_unavailable(device: torch.device | str = "cuda") -> str | None:
+    """Why the Triton kernels cannot run on `device`; None where they can."""
+    found = available(device)
+    return None if found.backend == "triton" else found.reason
+
+
 def load_kernels() -> ModuleType:
     """The module with the Triton kernels.
 

@@ -20,6 +20,8 @@ from ide_snn.report.tables import machines, statements
 
 __all__ = ["Collection", "Line", "ReportError", "collect", "lines", "write_report"]
 
+LONGEST_STEM = 100  # of file names, of which file systems take 255 bytes
+
 
 def write_report(runs: str | Path, output: str | Path, *, figures: bool = True) -> Path:
     """Read every run below `runs` and write report.md, report.html, runs.csv and PNGs into `output`.
@@ -66,7 +68,7 @@ def _figures(table: Sequence[Line]) -> dict[str, tuple[str, bytes]]:
 
 
 def _file_name(line: Line, taken: dict[str, tuple[str, bytes]]) -> str:
-    stem = "curves_" + re.sub(r"[^A-Za-z0-9_.-]+", "_", line.label).strip("_")
+    stem = "curves_" + re.sub(r"[^A-Za-z0-9_.-]+", "_", line.label).strip("_")[:LONGEST_STEM]
     number = 1
     while (name := f"{stem}{'' if number == 1 else f'_{number}'}.png") in taken:
         number += 1

@@ -113,6 +113,11 @@ class Run:
         """What the data called themselves, None where the run does not say."""
         return (self.result or {}).get("dataset_title") or self.config["dataset"].get("title")
 
+    @property
+    def data_digest(self) -> str | None:
+        """Of all images and labels; None where the run does not say."""
+        return (self.result or {}).get("data_digest")
+
     def samples(self, part: str) -> int | None:
         """Number of `part`, train or test, samples; None where the run does not say."""
         value = (self.result or {}).get(f"{part}_samples")

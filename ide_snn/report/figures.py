@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def learning_curves(line: Line) -> bytes:
 def _headline(line: Line) -> str:
     seeds = len(line.runs)
     band = f"mean of {seeds} seeds, band: ± 1 standard deviation" if seeds > 1 else f"seed {line.runs[0].seed}"
-    return f"{line.label}\n{line.data_title}, T = {line.time_steps}; {band}"
+    return f"{textwrap.fill(line.label, 110)}\n{line.data_title}, T = {line.time_steps}; {band}"
 
 
 def _whole_epochs(axes: Axes) -> None:
@@ -181,7 +182,10 @@ def _tick(line: Line) -> str:
     assert row is not None
     text = f"{NETWORKS[row.model]} {row.neuron.upper()}, T = {line.time_steps}"
     kinds = dict.fromkeys(note.kind for note in line.notes if note.kind != "repeated")
-    words = [line.data_title if kind == "stand-in" else kind for kind in kinds]
+    said = {"stand-in": line.data_title}
+    if line.differing:
+        said["changed"] = textwrap.shorten(", ".join(line.differing), 44, placeholder=" …")
+    words = [said.get(kind, kind) for kind in kinds]
     return f"{text}\n{', '.join(words)}" if words else text
 
 

@@ -99,6 +99,7 @@ class Line:
         data_note: why the data are not those of the row; None where they are or where there is no row.
         less_data: what of the row's data is missing, None where nothing is known to be.
         changes: to the row's recipe.
+        differing: in which options, as key=value, it differs from others of its name; they are in the label too.
     """
 
     label: str
@@ -109,6 +110,7 @@ class Line:
     data_note: str | None = None
     less_data: str | None = None
     changes: tuple[Change, ...] = ()
+    differing: tuple[str, ...] = ()
 
     @property
     def as_in_paper(self) -> bool:
@@ -175,22 +177,33 @@ def lines(runs: Iterable[Run]) -> list[Line]:
     for row in ROWS:
         own = [line for line in found if line.paper == row]
         result += sorted(
-            own, key=lambda line: (not line.as_in_paper, len(line.changes), not line.finished, line.runs[0].seed)
+            _told_apart(own),
+            key=lambda line: (not line.as_in_paper, len(line.changes), not line.finished, line.runs[0].seed),
         )
         if not own:
             result.append(Line(row.experiment, row))
     return result + sorted(_told_apart([line for line in found if line.paper is None]), key=lambda line: line.label)
 
 
-def _told_apart(others: Sequence[Line]) -> list[Line]:
-    """Lines of one name get the options in which they differ into their labels, such as `name (solver.tol=0.1)`."""
-    flat = {id(line): flatten(line.runs[0].config) for line in others}
+def _told_apart(members: Sequence[Line]) -> list[Line]:
+    """Lines of one name get the options in which they differ into their labels, such as `name (solver.tol=0.1)`.
+
+    One that is as in the paper keeps its name.
+    """
+    known = {id(line): _what_is_told(line.runs[0]) for line in members}
     result = []
-    for line in others:
-        alike = [flat[id(other)] for other in others if other.label == line.label]
-        own = _differing(flat[id(line)], alike)
-        result.append(replace(line, label=f"{line.label} ({', '.join(own)})") if own else line)
+    for line in members:
+        alike = [known[id(other)] for other in members if other.label == line.label]
+        own = () if line.as_in_paper else tuple(_differing(known[id(line)], alike))
+        label = f"{line.label} ({', '.join(own)})" if own else line.label
+        result.append(replace(line, label=label, differing=own))
     return result
+
+
+def _what_is_told(run: Run) -> Mapping[str, Any]:
+    """Options, and the beginning of the data's digest, by which folders of one name are told apart."""
+    digest = {} if run.data_digest is None else {"data": run.data_digest[:8]}
+    return {**flatten(run.config), **digest}
 
 
 def _differing(own: Mapping[str, Any], every: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -290,7 +303,8 @@ def _key(head: Line, run: Run) -> Any:
         changes = tuple(map(str, head.changes))
         return (head.paper.experiment, head.label, head.data_note, head.less_data, changes)
     own = {key: str(value) for key, value in flatten(run.config).items() if key not in NEUTRAL}
-    return (head.label, run.dataset_title, tuple(sorted(own.items())))
+    data = (run.dataset_title, run.data_digest, run.samples("train"), run.samples("test"))
+    return (head.label, data, tuple(sorted(own.items())))
 
 
 def _with_runs(head: Line, runs: Sequence[Run]) -> Line:

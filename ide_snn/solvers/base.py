@@ -16,6 +16,7 @@ samples of a batch decide how well a sample is solved.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -187,7 +188,7 @@ class Solver(Protocol):
 
 def check_settings(solver: Solver) -> None:
     """Raises ValueError for settings no solver can work with."""
-    is_number = isinstance(solver.tol, (int, float)) and not isinstance(solver.tol, bool)
+    is_number = isinstance(solver.tol, numbers.Real) and not isinstance(solver.tol, bool)
     if not (is_number and math.isfinite(solver.tol) and solver.tol > 0):
         raise ValueError(f"tol must be a positive finite number, got {solver.tol}")
     require_count("max_steps", solver.max_steps)
