@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ide_snn.simulation import Step
 
 __all__ = ["Path", "Rates", "Record", "together"]
 
@@ -26,8 +23,8 @@ class Record:
         spike_fraction: the mean spikes per time step of every neuron, unweighted.
         spikes, membranes: those of every time step [T, B, *]; their memory grows with T.
         mean_response: of the feedback, for the gradient of event-driven paths.
-        on_step: called after every time step with what can be seen there, for anything else.
-        stop: called after every time step but the last: which samples end there, bool [B'] for the B' samples that are
+        on_step: called after every time step with what can be seen there (`ide_snn.Step`), for anything else.
+        stop: called in the same way, but for the last step: which samples end there, bool [B'] for the B' samples that are
             still simulated. They are measured there, and later steps are of the others alone.
     """
 
@@ -36,8 +33,8 @@ class Record:
     spikes: bool = False
     membranes: bool = False
     mean_response: bool = False
-    on_step: Callable[[Step], None] | None = None
-    stop: Callable[[Step], Tensor] | None = None
+    on_step: Callable[[Any], None] | None = None
+    stop: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.stop is not None and (self.spikes or self.membranes or self.mean_response):

@@ -43,7 +43,14 @@ def test_runs_of_a_row_of_the_paper_are_told_apart_too(tmp_path: Path) -> None:
 
 def test_data_sets_of_ones_own_are_no_seeds_of_each_other(tmp_path: Path) -> None:
     for folder, seed, digest in (("a", 0, "11112222aa"), ("b", 1, "33334444bb"), ("c", 2, "11112222aa")):
-        write_run(tmp_path / folder, "trainer.epochs=1", seed=seed, accuracies=[0.5], dataset_title="images", data_digest=digest)
+        write_run(
+            tmp_path / folder,
+            "trainer.epochs=1",
+            seed=seed,
+            accuracies=[0.5],
+            dataset_title="images",
+            data_digest=digest,
+        )
     found = {line.label: [run.seed for run in line.runs] for line in lines(collect(tmp_path).runs) if line.runs}
     assert found == {"digits_fc_lif (data=11112222)": [0, 2], "digits_fc_lif (data=33334444)": [1]}
 
