@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -13,7 +13,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from ide_snn.schemas import LABELS, SCHEMAS
+
 __all__ = ["ConfigError", "explain", "one_error", "refuse_added_keys"]
+
+# what Hydra's errors do not say
+HINTS = {
+    "Could not find 'encoder/delta'": "(Delta encodes sequences of your own, in Python: ide_snn.encoding.Delta)",
+    "Could not load 'hydra/launcher/": "(launchers need pip install -e '.[sweep]')",
+}
 
 
 class ConfigError(ValueError):
@@ -39,12 +47,15 @@ def explain(error: BaseException) -> str:
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
         return _explain_unknown(cause)
     if cause is not None and cause.full_key:
-        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+        text = str(cause).splitlines()[0]
+        is_no_list = text.endswith("is not a ListConfig, list or tuple.")
+        return f"{cause.full_key}: {text}" + (f" A list is written as {cause.full_key}=[1,2]" if is_no_list else "")
     group = re.match(r"Could not override '([^']+)'\.?\s+No match in the defaults list", str(error))
     if group is not None:
         return f"unknown option {group[1]}: this command has no such group; --help lists its options"
     text, *_ = str(error).split("\nConfig search path:")
-    return " ".join(text.split())
+    hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, text)), "")
+    return " ".join(f"{text} {hint}".split())
 
 
 def _explain_unknown(error: OmegaConfBaseException) -> str:
@@ -58,9 +69,16 @@ def _explain_unknown(error: OmegaConfBaseException) -> str:
 
 def _unknown(prefix: str, key: str, valid: Sequence[str]) -> str:
     where = f"{prefix}." if prefix else ""
-    close = difflib.get_close_matches(key, valid, n=1)
-    hint = f" (did you mean {where}{close[0]}?)" if close else ""
+    close = [f"{where}{name}" for name in difflib.get_close_matches(key, valid, n=1)]
+    if not prefix and set(SCHEMAS) <= set(valid):  # of a training run, whose options lie in groups
+        close = [f"{group}.{key}" for group, members in SCHEMAS.items() if _is_option(key, members)] or close
+        close += [f"{group}=..., {group}.<option>=..." for group, members in SCHEMAS.items() if key in members]
+    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
     return f"unknown option {where}{key}{hint}; valid are {', '.join(f'{where}{name}' for name in valid)}"
+
+
+def _is_option(key: str, members: Mapping[str, type]) -> bool:
+    return key not in LABELS and any(key == field.name for kind in members.values() for field in fields(kind))
 
 
 def refuse_added_keys(node: Any, prefix: str) -> None:

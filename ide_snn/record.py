@@ -24,8 +24,8 @@ class Record:
         spikes, membranes: those of every time step [T, B, *]; their memory grows with T.
         mean_response: of the feedback, for the gradient of event-driven paths.
         on_step: called after every time step with what can be seen there (`ide_snn.Step`), for anything else.
-        stop: called in the same way, but for the last step: which samples end there, bool [B'] for the B' samples that are
-            still simulated. They are measured there, and later steps are of the others alone.
+        stop: called in the same way, but for the last step: which samples end there, bool [B'] for the B' samples that
+            are still simulated. They are measured there, and later steps are of the others alone.
     """
 
     all_rates: bool = False

@@ -18,6 +18,7 @@ from ide_snn.solvers import SOLVERS
 from ide_snn.surrogate import SURROGATES
 
 __all__ = [
+    "LABELS",
     "SCHEMAS",
     "TOOLS",
     "AnalyzeConfig",
@@ -260,9 +261,9 @@ class EvaluateConfig:
     time_steps: int | None
     data_dir: str | None
     batch_size: int | None
-    early_exit: float | None
     device: str
     output: str | None
+    early_exit: float | None = None
 
 
 @dataclass(slots=True)
@@ -329,6 +330,7 @@ TOOLS: dict[str, type] = {
     "report": ReportConfig,
 }
 # group -> option that tells its members apart -> member -> schema
+LABELS = ("name", "network")  # fields that only name a member
 SCHEMAS: dict[str, dict[str, type]] = {
     "dataset": {
         "digits": ImageDatasetConfig,
@@ -357,5 +359,4 @@ SCHEMAS: dict[str, dict[str, type]] = {
 
 def options(section: Any) -> dict[str, Any]:
     """The options of a group member without what only names it, e.g. to construct the class it stands for."""
-    labels = ("name", "network")
-    return {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.name not in labels}
+    return {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if f.name not in LABELS}

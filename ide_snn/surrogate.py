@@ -11,9 +11,8 @@ The second is an ordinary differentiable function, so a whole network can be che
 is differentiable again in both modes; in spiking mode that second derivative is g'', not that of the step. A NaN stays
 a NaN in the value and in both functions: it never turns into a spike or into silence.
 
-    fire = Sigmoid(alpha=4.0)      a module: nn.Sequential(nn.Linear(8, 8), fire)
+    fire = Sigmoid(alpha=4.0)      a module: nn.Sequential(nn.Linear(8, 8), fire); or sigmoid(x, alpha=4.0)
     s = fire(u - v_threshold)      any floating dtype and shape, for example [B, C, H, W]; s has the dtype of x
-    s = sigmoid(u - v_threshold, alpha=4.0)
 
 Adding one: its fields are its options, with their valid range; enter it in `SURROGATES` to choose it by name. The
 primitive may be left out where none is wanted. Defaults are those of SpikingJelly 2.0.

@@ -109,6 +109,7 @@ def test_killed_then_stopped_then_finished_is_as_never_stopped(trained: Path, tm
         ("train", "neuron.leak=1.5", ["leak", "(0, 1]", "1.5"]),
         ("evaluate", "device=cpu", ["required", "checkpoint=..."]),
         ("evaluate", "dataset=mnist", ["unknown option dataset", "--help"]),
+        ("train", "trainer.batch_size=1", ["trainer.batch_size=1 leaves batch norm nothing to normalise by"]),
     ],
 )
 def test_a_mistake_is_one_message_without_a_traceback(

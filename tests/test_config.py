@@ -170,6 +170,10 @@ def test_knobs_as_users_write_them() -> None:
         ("solver.tool=1e-3", ["solver.tool", "solver.tol", "solver.max_steps"]),
         ("solvr=gmres", ["solvr", "did you mean solver", "time_steps"]),
         ("+solver.tool=1e-3", ["solver.tool", "solver.tol", "solver.max_steps"]),
+        ("constraint=frobenius", ["unknown option constraint (did you mean model.constraint?)"]),
+        ("bptt.bn=frozen", ["unknown option bptt (did you mean method=..., method.<option>=...?)"]),
+        ("encoder=delta", ["encoder/delta", "bernoulli", "ide_snn.encoding.Delta"]),
+        ("dataset.input_shape=3", ["dataset.input_shape", "A list is written as dataset.input_shape=[1,2]"]),
         ("+colour=red", ["colour", "data_dir", "resume"]),
         ("solver.name=broyden", ["solver=..."]),
         ("time_steps=many", ["time_steps", "many", "Integer"]),
@@ -197,6 +201,7 @@ def test_a_mistake_is_one_error_with_the_valid_names(override: str, parts: list[
     [
         ("neuron.leak=1.5", ["neuron", "leak", "1.5"]),
         ("neuron.v_threshold=0", ["neuron", "v_threshold"]),
+        ("model=f64c5 model.padding=-1", ["model", "padding must not be negative, got -1"]),
         ("time_steps=0", ["time_steps", "0"]),
         ("solver.tol=0", ["solver", "tol"]),
         ("model.constraint=spectral", ["constraint", "spectral_matrix", "frobenius"]),
@@ -207,7 +212,7 @@ def test_a_mistake_is_one_error_with_the_valid_names(override: str, parts: list[
 )
 def test_a_value_out_of_range_is_named_with_its_group(override: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        build_model(load_config([override]))
+        build_model(load_config(override.split()))
     assert all(part in str(caught.value) for part in parts), caught.value
 
 

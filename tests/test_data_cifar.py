@@ -329,9 +329,15 @@ def test_only_plain_arrays_of_bytes_are_understood() -> None:
     with pytest.raises(DataError, match=r"some file .*builtin\S*.object"):
         read_pickled_dict(content, "some file")
     pixels = np.asfortranarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
-    data = read_pickled_dict(python3({b"data": pixels}), "some file")["data"]
-    assert isinstance(data, PickledArray)
-    assert np.array_equal(data.to_uint8(), pixels)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        for array in (pixels, np.ascontiguousarray(pixels)):
+            content = pickle.dumps({b"data": array, b"batch_label": b"", "filenames": [b"a.png"]}, protocol)
+            found = read_pickled_dict(content, "some file")
+            assert isinstance(found["data"], PickledArray)
+            assert np.array_equal(found["data"].to_uint8(), pixels)
+            assert (found["batch_label"], found["filenames"]) == (b"", [b"a.png"])
+    with pytest.raises(DataError, match="takes 0 positional arguments"):
+        read_pickled_dict(b"\x80\x02}U\x01dc__builtin__\nbytes\nJ\xff\xff\xff\x7f\x85Rs.", "some file")
     with pytest.raises(ValueError, match="incomplete"):
         PickledArray().to_uint8()
     with pytest.raises(DataError, match="latin1"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -105,6 +106,15 @@ def test_leaky_membrane_under_constant_input_has_its_closed_form() -> None:
 def test_bad_thresholds_are_refused(v: float) -> None:
     with pytest.raises(ValueError, match="v_threshold must be a positive finite number"):
         NeuronParams(v_threshold=v)
+
+
+@pytest.mark.parametrize("value", ["2", None, [1.0]])
+def test_what_is_no_number_is_refused(value: object) -> None:
+    with pytest.raises(TypeError, match="v_threshold must be a number"):
+        NeuronParams(v_threshold=value)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="leak must be a number"):
+        NeuronParams(leak=value)  # type: ignore[arg-type]
+    assert NeuronParams(np.float32(2), np.float64(0.5)).leak == 0.5
 
 
 @pytest.mark.parametrize("leak", [0.0, -0.1, 1.0001, math.nan, math.inf])

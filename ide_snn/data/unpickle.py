@@ -51,6 +51,18 @@ def _reconstruct(kind: Any, *_: Any) -> PickledArray:
     return PickledArray()
 
 
+def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> PickledArray:
+    """How protocol 5 stores arrays."""
+    array = PickledArray()
+    array.state = (1, shape, dtype, order == "F", bytes(content))
+    return array
+
+
+def _no_bytes() -> bytes:
+    """How Python 3 stores b"" in protocol 2, as a call of bytes; with arguments that could ask for any memory."""
+    return b""
+
+
 def _encode(text: str, encoding: str) -> bytes:
     if encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError(f"bytes are stored as latin1, not as {encoding!r}")
@@ -62,6 +74,9 @@ _NAMES: dict[tuple[str, str], Any] = {
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy", "ndarray"): PickledArray,
     ("numpy", "dtype"): _Dtype,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+    ("__builtin__", "bytes"): _no_bytes,
     ("_codecs", "encode"): _encode,  # how Python 3 stores bytes in protocol 2
 }
 
