@@ -76,14 +76,14 @@ class Response:
         y: [B, C, H, W] or [B, N], float32 or bfloat16, channels-last.
         factor, shift: per channel [C]; None is 1 and 0.
         gain: as y, float32; None is 1.
-        threshold: V_th of its neurons; None where they are not asked: then its rate is the response itself.
+        v_threshold: V_th of its neurons; None where they are not asked: then its rate is the response itself.
     """
 
     y: Tensor
     factor: Tensor | None
     shift: Tensor | None
     gain: Tensor | None
-    threshold: float | None
+    v_threshold: float | None
 
     def fire(self, *, rounded: bool = False, with_slope: bool = True) -> tuple[Tensor, Tensor | None]:
         """(rate, slope), the rate in bfloat16 if `rounded`; without a graph."""
@@ -94,16 +94,16 @@ class Response:
         return rate, slope
 
     def as_struct(self) -> _Response:
-        return _Response(*map(pointer, (self.factor, self.shift, self.gain)), self.threshold or 0.0)
+        return _Response(*map(pointer, (self.factor, self.shift, self.gain)), self.v_threshold or 0.0)
 
 
 def response(
-    y: Tensor, factor: Tensor | None, shift: Tensor | None, gain: Tensor | None, threshold: float | None
+    y: Tensor, factor: Tensor | None, shift: Tensor | None, gain: Tensor | None, v_threshold: float | None
 ) -> Response:
     """A `Response`, with what does not lie as the kernels read it copied."""
     assert gain is None or (gain.shape, gain.dtype) == (y.shape, torch.float32)  # the kernels would read past it
     factor, shift = (None if t is None else t.contiguous() for t in (factor, shift))
-    return Response(channels_last(y), factor, shift, None if gain is None else channels_last(gain), threshold)
+    return Response(channels_last(y), factor, shift, None if gain is None else channels_last(gain), v_threshold)
 
 
 def suits(link: FixedConnection, samples: int) -> bool:
@@ -129,7 +129,7 @@ def respond(link: FixedConnection, y: Tensor) -> Tensor:
 
 
 def rates(
-    link: FixedConnection, y: Tensor, threshold: float, *, rounded: bool, with_slope: bool
+    link: FixedConnection, y: Tensor, v_threshold: float, *, rounded: bool, with_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(rate, slope) of the response, otherwise like `respond`.
 
@@ -137,15 +137,15 @@ def rates(
         rounded: the rate in bfloat16.
         with_slope: there is none otherwise.
     """
-    return _fire(link, y, threshold, rounded=rounded, with_slope=with_slope)
+    return _fire(link, y, v_threshold, rounded=rounded, with_slope=with_slope)
 
 
 def _fire(
-    link: FixedConnection, y: Tensor, threshold: float | None, *, rounded: bool, with_slope: bool
+    link: FixedConnection, y: Tensor, v_threshold: float | None, *, rounded: bool, with_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
     bn = link.connection.bn
     assert bn is not None  # see `suits`
-    rate, slope = _Fire.apply(y, bn.weight, bn.bias, link.bias, bn, link.gain, threshold, rounded, with_slope)
+    rate, slope = _Fire.apply(y, bn.weight, bn.bias, link.bias, bn, link.gain, v_threshold, rounded, with_slope)
     return rate, slope
 
 
@@ -159,7 +159,7 @@ class _Fire(torch.autograd.Function):
         bias: Tensor | None,
         bn: BatchNorm,
         gain: Tensor | None,
-        threshold: float | None,
+        v_threshold: float | None,
         rounded: bool,
         with_slope: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -169,12 +169,12 @@ class _Fire(torch.autograd.Function):
         update_running_statistics(bn, mean if bias is None else mean + bias, var, count)
         mean, scale = mean.float(), torch.rsqrt(var + bn.eps).float()
         factor = gamma * scale
-        behind = response(y, factor, beta - mean * factor, gain, threshold)
+        behind = response(y, factor, beta - mean * factor, gain, v_threshold)
         rate, slope = behind.fire(rounded=rounded, with_slope=with_slope)
         if slope is not None:
             ctx.mark_non_differentiable(slope)
         ctx.set_materialize_grads(False)  # the slope's would be zeros
-        ctx.threshold, ctx.has_bias = threshold, bias is not None
+        ctx.v_threshold, ctx.has_bias = v_threshold, bias is not None
         # gamma is saved for autograd to see that it is still that of the forward
         ctx.save_for_backward(y, factor, behind.shift, behind.gain, mean, scale, gamma)
         return rate, slope
@@ -185,7 +185,9 @@ class _Fire(torch.autograd.Function):
         if cotangent is None:
             return (None,) * 9
         y, factor, shift, gain, mean, scale, _ = ctx.saved_tensors
-        behind = response(y, factor, shift, gain, ctx.threshold)  # hooks on saved tensors may give them another layout
+        behind = response(
+            y, factor, shift, gain, ctx.v_threshold
+        )  # hooks on saved tensors may give them another layout
         to_y, to_gamma, to_beta = _cotangents(behind, mean, scale, cotangent, needs_y=ctx.needs_input_grad[0])
         to_bias = 0 * to_beta if ctx.has_bias else None  # NaN stays NaN
         return to_y, to_gamma, to_beta, to_bias, None, None, None, None, None

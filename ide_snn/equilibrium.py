@@ -155,12 +155,12 @@ class EquilibriumMap:
         self, number: int, a: Tensor, response: Tensor | None, *, with_slope: bool, shared: bool
     ) -> tuple[Tensor, Tensor | None, Known | None]:
         """(rate, slope, response with running statistics if `shared`) of one connection of `rates_and_slopes`."""
-        link, threshold, rounded = self.chain[number], self.neuron.v_threshold, self.rounds_convolutions
+        link, v_threshold, rounded = self.chain[number], self.neuron.v_threshold, self.rounds_convolutions
         known = None
         if number and conv_rates.suits(link, len(a)):
             y = link.product(a, functools.partial(convolutions.apply, rounded=rounded, as_computed=True))
             is_rounded = self._takes_bfloat16(number + 1)
-            rate, slope = conv_rates.rates(link, y, threshold, rounded=is_rounded, with_slope=with_slope)
+            rate, slope = conv_rates.rates(link, y, v_threshold, rounded=is_rounded, with_slope=with_slope)
             if shared:
                 known = Known(y.detach(), link.folded[0], link.plain.bias)
             return rate, slope, known
@@ -171,7 +171,7 @@ class EquilibriumMap:
             known = Known(link.frozen_response(products.value.detach()) if response is None else response)
         if link.connection.bn is not None and not returns_what_nobody_keeps(link.connection.bn):
             behind = behind.clone()
-        rate, slope = fire(behind, link.gain, None if number else self.drive, threshold)
+        rate, slope = fire(behind, link.gain, None if number else self.drive, v_threshold)
         return rate, slope if with_slope else None, known
 
     def _takes_bfloat16(self, number: int) -> bool:
@@ -190,11 +190,11 @@ class EquilibriumMap:
             known: responses of the first connections, where they are known; that of the feedback, whose factor and
                 shift are None, is overwritten.
         """
-        threshold, rounded = self.neuron.v_threshold, self.rounds_convolutions
+        v_threshold, rounded = self.neuron.v_threshold, self.rounds_convolutions
         affine, product = self.feedback.plain, functools.partial(convolutions.apply, rounded=rounded)
         y = known[0].y if known else product(affine.operator, a, affine.weight, affine.bias)
         inputs = [a]
-        a, slope, through = fire_(channels_last(y), self.feedback.gain, self.drive, threshold)
+        a, slope, through = fire_(channels_last(y), self.feedback.gain, self.drive, v_threshold)
         slopes = [slope]
         assert through is not None  # there is a drive
         for number, link in enumerate(self.layers, 1):
@@ -204,7 +204,7 @@ class EquilibriumMap:
             else:
                 y, factor, shift = convolutions.linear(affine, a, rounded=rounded), None, affine.bias
             inputs.append(a)
-            behind = conv_rates.response(y, factor, shift, link.gain, threshold)
+            behind = conv_rates.response(y, factor, shift, link.gain, v_threshold)
             a, slopes_of_a = behind.fire(rounded=self._takes_bfloat16(number + 1))
             assert slopes_of_a is not None  # asked for
             slopes.append(slopes_of_a)

@@ -43,7 +43,7 @@ class _Slopes(ctypes.Structure):
 
 
 def fire_(
-    response: Tensor, gain: Tensor | None, drive: Tensor | None, threshold: float
+    response: Tensor, gain: Tensor | None, drive: Tensor | None, v_threshold: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(rate, slope, through) for tensors [B, C, H, W] or [B, N].
 
@@ -55,7 +55,7 @@ def fire_(
     gain, drive = (None if t is None else channels_last(t) for t in (gain, drive))
     slope = empty_channels_last(response.shape, response)
     through = slope if gain is None else None if drive is None else empty_channels_last(response.shape, response)
-    fire_stage(response, gain, drive, slope, through, threshold).run()
+    fire_stage(response, gain, drive, slope, through, v_threshold).run()
     return response, slope, through
 
 
@@ -65,26 +65,26 @@ def fire_stage(
     drive: Tensor | None,
     slope: Tensor,
     through: Tensor | None,
-    threshold: float,
+    v_threshold: float,
 ) -> Stage:
     """The kernel of `fire_`, for tensors that lie alike; beside a `through` the slope may be the gain."""
     tensors = (response, gain, drive, slope, through)
-    work = _Slopes(response.numel(), 0, *map(pointer, tensors), threshold)
+    work = _Slopes(response.numel(), 0, *map(pointer, tensors), v_threshold)
     return Stage("elementwise", "slopes", work, response.numel(), tensors)
 
 
-def fire(response: Tensor, gain: Tensor | None, drive: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+def fire(response: Tensor, gain: Tensor | None, drive: Tensor | None, v_threshold: float) -> tuple[Tensor, Tensor]:
     """(rate, slope), the rate differentiable once in the response and the drive; the response may be overwritten."""
-    rate, slope = _Fire.apply(channels_last(response), drive, gain, threshold)
+    rate, slope = _Fire.apply(channels_last(response), drive, gain, v_threshold)
     return rate, slope
 
 
 class _Fire(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, response: Tensor, drive: Tensor | None, gain: Tensor | None, threshold: float
+        ctx: Any, response: Tensor, drive: Tensor | None, gain: Tensor | None, v_threshold: float
     ) -> tuple[Tensor, Tensor]:
-        rate, slope, through = fire_(response, gain, drive, threshold)
+        rate, slope, through = fire_(response, gain, drive, v_threshold)
         ctx.mark_dirty(response)
         ctx.mark_non_differentiable(slope)
         ctx.set_materialize_grads(False)  # the slope's would be zeros
