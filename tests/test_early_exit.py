@@ -67,8 +67,10 @@ def test_each_sample_is_that_of_a_network_with_its_steps(kind: str, precision: s
     assert evaluated.mean_steps == pytest.approx(expected.mean_steps)
 
 
-def test_firing_rates_are_of_the_steps_that_were_simulated() -> None:
-    net, (x, y) = network("multilayer", "exact", 0.9), batch()
+@pytest.mark.parametrize("leak", [1.0, 0.9])
+@pytest.mark.parametrize("precision", ["float32", "exact"])
+def test_firing_rates_are_of_the_steps_that_were_simulated(precision: str, leak: float) -> None:
+    net, (x, y) = network("multilayer", precision, leak), batch()
     _, rates = net.exit_early(x, 0.6)
     trains = net.block.simulate(x, Record(spikes=True)).spikes
     expected = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -219,6 +220,20 @@ def test_a_signal_to_the_group_ends_no_worker_before_the_run_is_saved(tmp_path: 
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True)
     assert done.stdout.strip() == f"interrupted {signal.SIGTERM.value}", done.stderr
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt").progress["step"] > 0
+
+
+class EndingItsWorker(TensorDataset):
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+def test_workers_outlive_the_first_signal() -> None:
+    loader = DataLoader(EndingItsWorker(torch.arange(40.0)), 8, num_workers=1)
+    assert torch.cat([x for (x,) in TorchLoader(loader).epoch(0)]).tolist() == list(range(40))
+    with pytest.raises(RuntimeError, match="worker"):
+        list(loader)
 
 
 def test_its_checkpoint_is_no_networks_of_the_scripts(tmp_path: Path) -> None:
