@@ -37,6 +37,7 @@ from ide_snn.schemas import (
     ImageDatasetConfig,
     ImageFolderDatasetConfig,
     MultiLayerModelConfig,
+    TrainerConfig,
     options,
 )
 from ide_snn.solvers import SOLVERS, Solver
@@ -229,15 +230,8 @@ def build_loaders(config: Config, dataset: Dataset, device: torch.device) -> Loa
     Of event recordings they serve the first `config.time_steps` frames.
     """
     trainer, validation = config.trainer, dataset.validation
-    if trainer.batch_size == 1 and config.model.batch_norm:
-        raise ConfigError(
-            "trainer.batch_size=1 leaves batch norm nothing to normalise by: use at least 2, or model.batch_norm=false"
-        )
-    if len(dataset.train) % trainer.batch_size == 1 and config.model.batch_norm and not trainer.drop_last:
-        raise ConfigError(
-            f"trainer.batch_size={trainer.batch_size} leaves a last batch of one of the {len(dataset.train)} training "
-            "images, which batch norm cannot use: set trainer.drop_last=true or another batch size"
-        )
+    if isinstance(config.model, FCModelConfig) and config.model.batch_norm:
+        _refuse_batches_of_one(trainer, len(dataset.train))
     fixed: dict[str, Any] = {
         "normalization": input_normalization(config, dataset.normalization),
         "device": device,
@@ -259,6 +253,19 @@ def build_loaders(config: Config, dataset: Dataset, device: torch.device) -> Loa
             ),
             DeviceLoader(dataset.test, **evaluating),
             None if validation is None else DeviceLoader(validation, **evaluating),
+        )
+
+
+def _refuse_batches_of_one(trainer: TrainerConfig, samples: int) -> None:
+    """Of single values batch norm has no variance; convolutions have more of each channel."""
+    if trainer.batch_size == 1:
+        raise ConfigError(
+            "trainer.batch_size=1 leaves batch norm nothing to normalise by: use at least 2, or model.batch_norm=false"
+        )
+    if samples % trainer.batch_size == 1 and not trainer.drop_last:
+        raise ConfigError(
+            f"trainer.batch_size={trainer.batch_size} leaves a last batch of one of the {samples} training images, "
+            "which batch norm cannot use: set trainer.drop_last=true or another batch size"
         )
 
 

@@ -92,8 +92,8 @@ def plain(value: Any, name: str) -> Any:
     Raises:
         CheckpointError: for anything else, naming where in `name` it is.
     """
-    if isinstance(value, np.generic):  # float64 is a float as well
-        return value.item()
+    if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):  # float64 is a float as well
+        return plain(value.item(), name)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):

@@ -90,7 +90,7 @@ def run_evaluation(
 ) -> Evaluation | None:
     """As `evaluate`; None if `stop`, asked after each batch by all ranks alike, says so before the end."""
     if early_exit is not None and not hasattr(model, "exit_early"):
-        raise TypeError(f"a {type(model).__name__} has no early exit: only networks with one feedback block have")
+        raise ValueError(f"a {type(model).__name__} has no early exit: only networks with one feedback block have")
     device = device_of(model)
     totals, steps = Totals(device), 0
     was_training = model.training

@@ -122,7 +122,8 @@ class BlockMonitor:
 
     def load_state_dict(self, state: Mapping[str, int | float]) -> None:
         for name in _COUNTERS:
-            setattr(self, name, state.get(name, math.nan))  # earlier versions did not count products
+            uncounted = math.nan if state["solves"] else 0  # earlier versions did not count products
+            setattr(self, name, state.get(name, uncounted))
 
 
 _COUNTERS = ("solves", "failures", "steps", "max_steps", "products", "residual", "max_residual")

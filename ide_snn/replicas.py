@@ -10,7 +10,7 @@ no special case. In a loop of one's own `DistributedDataParallel` works as for a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -189,7 +189,11 @@ def with_shares(train: Batches, epoch: int, start: int) -> Iterator[tuple[Batch,
 
 
 def _digest(value: Any) -> bytes:
-    if not isinstance(value, Tensor):  # of a module's get_extra_state
+    if isinstance(value, Mapping):  # of a module's get_extra_state, as anything but a tensor
+        return b"".join(repr(key).encode() + _digest(own) for key, own in value.items())
+    if isinstance(value, (list, tuple)):
+        return b"".join(map(_digest, value))
+    if not isinstance(value, Tensor):
         return repr(value).encode()
     content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.blake2b(content.tobytes(), digest_size=16).digest()

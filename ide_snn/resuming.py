@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ide_snn.checkpoint import Checkpoint, CheckpointError, config_differences, flatten, plain
+from ide_snn.checkpoint import Checkpoint, CheckpointError, config_differences, flatten
 from ide_snn.data_record import data_differences
 from ide_snn.distributed import Ranks
 from ide_snn.evaluation import Totals
@@ -18,7 +18,7 @@ from ide_snn.monitor import BlockMonitor, merged
 from ide_snn.optim import Schedule
 from ide_snn.progress import random_state, set_random_state
 
-__all__ = ["CHANGEABLE", "TrainingState", "refuse_changes"]
+__all__ = ["CHANGEABLE", "TrainingState", "optimizer_options", "refuse_changes"]
 
 # Options that may change when a run is resumed: they do not change what is computed, but for rounding.
 CHANGEABLE = (
@@ -73,10 +73,12 @@ class TrainingState:
     """What a run has besides its model and its progress; all ranks save and restore it together.
 
     Attributes:
+        options: of the optimizer as this part of the run was begun, see `optimizer_options`.
         seed: of the dropout masks, and of the order of batches where that is drawn here.
     """
 
     optimizer: torch.optim.Optimizer
+    options: list[dict[str, Any]]
     totals: Totals
     monitor: BlockMonitor
     seed: int
@@ -97,6 +99,7 @@ class TrainingState:
         every = self.ranks.gather(own)
         state = {
             "optimizer_kind": type(self.optimizer).__name__,
+            "optimizer_options": self.options,
             "optimizer": self.optimizer.state_dict(),
             "totals": merged([part["totals"] for part in every]),
             "monitor": merged([part["monitor"] for part in every]),
@@ -127,24 +130,39 @@ class TrainingState:
         return int(state.get("seed", self.seed))
 
     def _refuse_other_optimizer(self, state: Mapping[str, Any]) -> None:
-        """Of options that only one of the two has, versions of torch may be the reason."""
+        """Of options that only one of the two has, versions of torch may be the reason; older states have none."""
         kind, now = state.get("optimizer_kind"), type(self.optimizer).__name__
         if kind not in (None, now):
             raise CheckpointError(f"the run was begun with the optimizer {kind}, so it cannot be resumed with {now}")
-        groups, own = state["optimizer"]["param_groups"], self.optimizer.param_groups
-        if len(groups) != len(own):
-            raise CheckpointError(f"the run's optimizer has {len(groups)} groups of parameters, not {len(own)}")
+        groups, own = len(state["optimizer"]["param_groups"]), len(self.options)
+        if groups != own:
+            raise CheckpointError(f"the run's optimizer has {groups} groups of parameters, not {own}")
+        begun = state.get("optimizer_options", self.options)
         changes = [
-            f"{name}: {group[name]} -> {mine[name]}"
-            for group, mine in zip(groups, own, strict=True)
+            f"{name}: {before[name]} -> {mine[name]}"
+            for before, mine in zip(begun, self.options, strict=True)
             for name in mine
-            if name in group and name not in OF_THE_RUN and plain(mine[name], name) != group[name]
+            if name in before and mine[name] != before[name]
         ]
         if changes:
             raise CheckpointError(
                 f"the run was begun with another optimizer, so it cannot be resumed: {'; '.join(changes)} (saved -> "
                 "now). Set these options back, or train in another folder"
             )
+
+
+def optimizer_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Of each group, what it was made with: numbers and words, without the rates, which `fit` sets itself."""
+    return [
+        {name: value for name, value in group.items() if name not in OF_THE_RUN and _is_simple(value)}
+        for group in optimizer.param_groups
+    ]
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_simple, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def own_random(seed: int, ranks: Ranks) -> None:

@@ -142,7 +142,12 @@ def simulate(
             channel, whose sums are exact.
 
     Nothing passed in is modified.
+
+    Raises:
+        ValueError: with `record.stop`, for maps with a gain, that is with dropout, whose masks are of single samples.
     """
+    if record.stop is not None and any(isinstance(m, Affine) and m.gain is not None for m in (feedback, *layers)):
+        raise ValueError("stop= is for simulations without dropout: call eval() first")
     has_own = callable(drive) or not all(isinstance(link, Affine) for link in (feedback, *layers))
     with torch.no_grad(), cached_weights() if has_own else nullcontext():  # it is one for all threads of the process
         x = drive(0) if callable(drive) else drive

@@ -16,6 +16,7 @@ arguments and takes its share of every batch; the result is that of one process 
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def fit(
         accumulation=accumulation,
         gradient_clip=gradient_clip,
         label_smoothing=label_smoothing,
-        seed=None if seed is None else int(seed),
+        seed=None if seed is None else operator.index(seed),
         sync_bn=sync_bn,
         ranks=Ranks.current() if ranks is None else ranks,
         run_dir=None if run_dir is None else Path(run_dir),

@@ -35,7 +35,7 @@ from ide_snn.progress import (
 )
 from ide_snn.replicas import Replicas, with_shares
 from ide_snn.reporting import RunLog, write_csv
-from ide_snn.resuming import TrainingState, own_random, refuse_changes
+from ide_snn.resuming import TrainingState, optimizer_options, own_random, refuse_changes
 from ide_snn.solvers import SolverWarning
 
 __all__ = ["TrainingRun"]
@@ -81,6 +81,7 @@ class TrainingRun:
         self._begin_epoch()
         # never read back from a checkpoint: there the rates are those of some step
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.options = optimizer_options(self.optimizer)
 
     def run(self, resume: bool) -> FitResult:
         if self.run_dir is not None:  # what could not be saved is said before anything is trained
@@ -154,10 +155,14 @@ class TrainingRun:
         try:
             return list(itertools.islice(batches, self.accumulation))
         except RuntimeError:
-            if self.stop.signum is None or not self.ranks.is_alone:
+            if not self._was_stopped():
                 raise
-            self.stopped = self.stop.signum
             return []
+
+    def _was_stopped(self) -> bool:
+        """True if the signal that this process got may have ended the workers of a loader, too; it stops then."""
+        self.stopped = self.stop.signum if self.ranks.is_alone else None
+        return self.stopped is not None
 
     def _sums(self) -> Mapping[str, int | float]:
         """Loss, correct answers and samples of the epoch so far, of all ranks."""
@@ -206,7 +211,12 @@ class TrainingRun:
         for name, batches in (("test", self.test), ("validation", self.validation)):
             if batches is not None:
                 random = random_state(self.device)  # a loader of torch draws; a stopped evaluation is repeated
-                result = run_evaluation(self.model, batches, name, self.show, self._is_stopped, self.ranks)
+                try:
+                    result = run_evaluation(self.model, batches, name, self.show, self._is_stopped, self.ranks)
+                except RuntimeError:
+                    if not self._was_stopped():
+                        raise
+                    result = None
                 set_random_state(random, self.device)
                 if result is None:
                     return False
@@ -293,7 +303,8 @@ class TrainingRun:
             )
 
     def _state(self) -> TrainingState:
-        return TrainingState(self.optimizer, self.totals, self.monitor, self.mask_seed, self.device, self.ranks)
+        own = self.totals, self.monitor, self.mask_seed, self.device, self.ranks
+        return TrainingState(self.optimizer, self.options, *own)
 
     def _resume_or_refuse(self, resume: bool) -> bool:
         """True if the state of last.pt was restored."""

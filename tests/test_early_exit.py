@@ -136,8 +136,11 @@ def test_refusals() -> None:
             net.exit_early(x, confidence)
     with pytest.raises(ValueError, match=r"call eval\(\) first"):
         net.train().exit_early(x, 0.5)
-    with pytest.raises(TypeError, match="a Sequential has no early exit"):
+    with pytest.raises(ValueError, match="a Sequential has no early exit"):
         evaluate(nn.Sequential(net), [(x, y)], early_exit=0.5)
+    net.eval().block.feedback.dropout.train()  # as for Monte Carlo dropout, with masks of single samples
+    with pytest.raises(ValueError, match=r"stop= is for simulations without dropout: call eval\(\) first"):
+        net.exit_early(x, 0.5)
     with pytest.raises(ValueError, match="which stop= ends for some"):
         Record(spikes=True, stop=lambda _step: torch.ones(1, dtype=torch.bool))
 

@@ -63,6 +63,18 @@ def test_seeds_of_data_that_say_nothing_of_themselves_stay_together(tmp_path: Pa
     assert len(line.runs) == 2
 
 
+def test_runs_of_versions_that_do_not_name_their_data_stay_with_the_others(tmp_path: Path) -> None:
+    for seed, digest in ((0, None), (1, "11112222aa"), (2, "11112222aa")):
+        own = {} if digest is None else {"data_digest": digest}
+        write_run(tmp_path / str(seed), "trainer.epochs=1", seed=seed, accuracies=[0.5], **own)
+    (line,) = (line for line in lines(collect(tmp_path).runs) if line.runs)
+    assert (line.label, len(line.runs)) == ("digits_fc_lif", 3)
+    write_run(tmp_path / "unfinished", "trainer.epochs=2", seed=0, accuracies=[0.5], finished=False)
+    write_run(tmp_path / "longer", "trainer.epochs=2", seed=0, accuracies=[0.5, 0.6], data_digest="11112222aa")
+    labels = sorted(line.label for line in lines(collect(tmp_path).runs) if line.runs)
+    assert labels == ["digits_fc_lif (trainer.epochs=1)", *["digits_fc_lif (trainer.epochs=2)"] * 2]
+
+
 def test_labels_of_many_options_give_files_that_can_be_written(tmp_path: Path) -> None:
     many = [
         "model.dropout=0.3",

@@ -43,7 +43,12 @@ def test_numbers_of_numpy_and_paths(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "name"),
-    [({"a": [1, object()]}, r"config\.a\[1\] is a object"), ({"f": max}, r"config\.f is a builtin_function_or_method")],
+    [
+        ({"when": np.datetime64("2026-01-01")}, r"config\.when is a date"),
+        ({"long": np.longdouble(1)}, r"config\.long is a longdouble"),
+        ({"a": [1, object()]}, r"config\.a\[1\] is a object"),
+        ({"f": max}, r"config\.f is a builtin_function_or_method"),
+    ],
 )
 def test_what_cannot_be_read_back_is_refused_before_training(tmp_path: Path, value: Any, name: str) -> None:
     net = network()
@@ -106,6 +111,35 @@ def test_another_optimizer_is_refused(tmp_path: Path, kind: Any, options: dict[s
     train(tmp_path, net, torch.optim.SGD(net.parameters(), 0.1, momentum=0.9))
     with pytest.raises(CheckpointError, match=message):
         train(tmp_path, network(), kind(net.parameters(), lr=0.1, **options), 2, resume=True)
+
+
+class Decaying(torch.optim.SGD):
+    """Changes an option of its own in every step."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["weight_decay"] *= 0.5
+        return super().step(closure)
+
+
+def test_optimizers_may_change_their_options(tmp_path: Path) -> None:
+    for epochs in (1, 2):
+        net = network()
+        optimizer = Decaying(net.parameters(), 0.1, weight_decay=0.1)
+        train(tmp_path, net, optimizer, epochs, resume=True)
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.1 * 0.5**6)
+
+
+def test_states_of_versions_without_options_are_resumed(tmp_path: Path) -> None:
+    net = network()
+    train(tmp_path, net, torch.optim.SGD(net.parameters(), 0.1, momentum=0.9))
+    path = tmp_path / "checkpoints" / "last.pt"
+    content = torch.load(path, weights_only=True)
+    del content["training"]["optimizer_options"], content["training"]["optimizer_kind"]
+    torch.save(content, path)
+    net = network()
+    train(tmp_path, net, torch.optim.SGD(net.parameters(), 0.1, momentum=0.5), 2, resume=True)
+    assert load_checkpoint(path).progress["epoch"] == 2
 
 
 def test_the_optimizer_has_its_own_rate_after_a_run_that_was_finished(tmp_path: Path) -> None:

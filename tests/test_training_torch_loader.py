@@ -222,18 +222,62 @@ def test_a_signal_to_the_group_ends_no_worker_before_the_run_is_saved(tmp_path: 
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt").progress["step"] > 0
 
 
-class EndingItsWorker(TensorDataset):
+class Groups(TensorDataset):
+    """Which process group an item was read in."""
+
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        if index == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().__getitem__(index)
+        return (torch.tensor(os.getpgrp()),)
 
 
-def test_workers_outlive_the_first_signal() -> None:
-    loader = DataLoader(EndingItsWorker(torch.arange(40.0)), 8, num_workers=1)
-    assert torch.cat([x for (x,) in TorchLoader(loader).epoch(0)]).tolist() == list(range(40))
-    with pytest.raises(RuntimeError, match="worker"):
-        list(loader)
+def test_workers_have_groups_of_their_own() -> None:
+    loader = DataLoader(Groups(torch.arange(8.0)), 2, num_workers=2)
+    groups = {int(group) for (batch,) in TorchLoader(loader).epoch(0) for group in batch}
+    assert len(groups) == 2
+    assert os.getpgrp() not in groups
+    assert {int(group) for (batch,) in loader for group in batch} == {os.getpgrp()}
+
+
+def test_a_worker_that_is_stuck_does_not_keep_the_process() -> None:
+    """It waits in C, where handlers of Python do not run."""
+    code = """
+import ctypes, torch
+from torch.utils.data import DataLoader, TensorDataset
+from ide_snn.data import TorchLoader
+class Stuck(TensorDataset):
+    def __getitem__(self, index):
+        libc = ctypes.CDLL(None)
+        mutex = ctypes.create_string_buffer(64)
+        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)
+try:
+    list(TorchLoader(DataLoader(Stuck(torch.zeros(4)), 2, num_workers=1, timeout=1)).epoch(0))
+except RuntimeError as error:
+    print("timed out" in str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch's iterator, for its worker
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_workers_that_a_signal_ended(tmp_path: Path, part: str) -> None:
+    """As where every process of a job gets it: what was trained until then is saved."""
+
+    class Ending(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            if index == 30:
+                os.kill(os.getppid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    data = pairs().dataset.tensors
+    ending, usual = DataLoader(Ending(*data), 4, num_workers=1), DataLoader(TensorDataset(*data), 4)
+    train, test = (ending, usual) if part == "train" else (usual, ending)
+    net = network()
+    options: dict[str, Any] = {"run_dir": tmp_path, "progress": False}
+    result = fit(net, train, test, optimizer=torch.optim.SGD(net.parameters(), 0.05), epochs=2, **options)
+    assert result.interrupted == signal.SIGTERM
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt").progress["step"] >= (5 if part == "train" else 15)
 
 
 def test_its_checkpoint_is_no_networks_of_the_scripts(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import signal
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,8 +19,8 @@ class TorchLoader:
 
     So that a resumed run sees the batches that it has not seen. What the data set itself draws (augmentation) is
     drawn anew: from torch's generator of each worker, which is seeded in the same way unless workers are persistent.
-    While an epoch is read, generators of the loader and of its sampler are replaced, and first signals to end do not
-    end its workers, so that the process that trains can save.
+    While an epoch is read, generators of the loader and of its sampler are replaced. Its workers have process groups of
+    their own, so that signals to that of the process that trains do not end them before it has saved.
 
     Args:
         loader: of pairs (x, y); shuffled by `shuffle=True`, or by a sampler, or batch sampler, with `set_epoch` or
@@ -86,12 +86,9 @@ def _assign(values: list[tuple[Any, str, Any]]) -> None:
 
 
 def _start_worker(given: Callable[[int], None] | None, worker: int) -> None:
-    """In a new worker: its first SIGTERM is the group's, of which the process that trains takes care."""
-
-    def once(number: int, _frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, once)
+    """In a new worker: signals to the group of the process that trains are that process's, which then saves."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     if given is not None:
         given(worker)
 

@@ -53,6 +53,8 @@ def _reconstruct(kind: Any, *_: Any) -> PickledArray:
 
 def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> PickledArray:
     """How protocol 5 stores arrays."""
+    if not isinstance(content, (bytes, bytearray, pickle.PickleBuffer)):  # of a number, bytes would make so many zeros
+        raise pickle.UnpicklingError("the values of an array are not bytes")
     array = PickledArray()
     array.state = (1, shape, dtype, order == "F", bytes(content))
     return array

@@ -30,6 +30,7 @@ NEUTRAL = frozenset(
     }
 )
 UNSET = "unset"
+DATA = "data"  # no option, but what tells apart data sets of one name
 # Values of an option that compute the same up to rounding
 ALIKE = {"precision.name": ("float32", "exact")}
 # Options of the data set that are compared even where the data are a stand-in: the others say which data they are
@@ -172,7 +173,7 @@ def lines(runs: Iterable[Run]) -> list[Line]:
         key = _key(head, run)
         heads.setdefault(key, head)
         groups.setdefault(key, []).append(run)
-    found = [_with_runs(heads[key], members) for key, members in groups.items()]
+    found = [_with_runs(heads[key], part) for key, members in groups.items() for part in _by_data(members)]
     result: list[Line] = []
     for row in ROWS:
         own = [line for line in found if line.paper == row]
@@ -202,7 +203,7 @@ def _told_apart(members: Sequence[Line]) -> list[Line]:
 
 def _what_is_told(run: Run) -> Mapping[str, Any]:
     """Options, and the beginning of the data's digest, by which folders of one name are told apart."""
-    digest = {} if run.data_digest is None else {"data": run.data_digest[:8]}
+    digest = {} if run.data_digest is None else {DATA: run.data_digest[:8]}
     return {**flatten(run.config), **digest}
 
 
@@ -212,6 +213,8 @@ def _differing(own: Mapping[str, Any], every: Sequence[Mapping[str, Any]]) -> li
     for key, value in own.items():
         group = f"{key.rpartition('.')[0]}.name"
         others = every if key == group else [other for other in every if other.get(group) == own.get(group)]
+        if key == DATA and any(key not in other for other in others):  # unknown is not different
+            continue
         if key not in NEUTRAL and any(other.get(key, UNSET) != value for other in others):
             found.append(f"{key.removesuffix('.name')}={_show(value)}")
     return found
@@ -303,8 +306,15 @@ def _key(head: Line, run: Run) -> Any:
         changes = tuple(map(str, head.changes))
         return (head.paper.experiment, head.label, head.data_note, head.less_data, changes)
     own = {key: str(value) for key, value in flatten(run.config).items() if key not in NEUTRAL}
-    data = (run.dataset_title, run.data_digest, run.samples("train"), run.samples("test"))
-    return (head.label, data, tuple(sorted(own.items())))
+    return (head.label, run.dataset_title, tuple(sorted(own.items())))
+
+
+def _by_data(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs on different data apart; runs that do not say which are with the others if these agree."""
+    parts: dict[str | None, list[Run]] = {}
+    for run in runs:
+        parts.setdefault(run.data_digest, []).append(run)
+    return list(parts.values()) if len(set(parts) - {None}) > 1 else [list(runs)]
 
 
 def _with_runs(head: Line, runs: Sequence[Run]) -> Line:
