@@ -54,7 +54,7 @@ def _measured(line: Line, run: Run) -> dict[str, Any]:
         "test_accuracy_last": run.last,
         "test_loss_last": run.rows[-1].get("test_loss"),
         "train_loss_last": run.rows[-1].get("train_loss"),
-        "paper_test_accuracy_mean": None if line.paper is None else round(line.paper.mean / 100, 6),
+        "paper_test_accuracy_mean": round(line.paper.mean / 100, 6) if line.paper and line.comparable else None,
         "seconds": run.seconds,
         "firing_rate": run.firing_rate,
         "solver_failures": run.failed_solves,
