@@ -130,7 +130,7 @@ def _load(source: _Source, data_dir: Path | None, download: bool, system_folder:
     try:
         train, test = (_read_split(folder, *FILES[part]) for part in ("train", "test"))
     except DataError as error:
-        raise DataError(f"{error}. If it is damaged, remove it first. {_how_to_get(source)}") from error
+        raise DataError(f"{error} (remove it first). {_how_to_get(source)}") from error
     return Dataset(
         name=source.name,
         title=source.title,
