@@ -330,3 +330,15 @@ def test_the_script(tmp_path: Path) -> None:
     assert "report: runs/report/report.html" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert (folder(tmp_path, 0) / "result.json").exists()
+
+
+def test_warnings_of_a_run_are_in_its_log_once(tmp_path: Path) -> None:
+    """As those of train.py are."""
+    short = ["trainer.epochs=1", "dataset.train_limit=64", "model.hidden=20"]
+    overrides = [*short, "solver=fixed_point", "solver.max_steps=1"]
+    options = ["experiments=[digits_fc_lif]", "seeds=[0]", f"overrides={json.dumps(overrides)}", "report=null"]
+    command = [sys.executable, str(PROJECT / "scripts" / "reproduce.py"), *options, f"runs={tmp_path}", "device=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "digits_fc_lif" / "seed0" / "train.log").read_text()
+    assert text.count("SolverWarning: FixedPoint ended") == 1
