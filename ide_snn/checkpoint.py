@@ -8,6 +8,7 @@ run stood, and, in `last.pt`, what is needed to continue it (optimiser, random s
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -165,8 +166,22 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore
     return [
         f"{key}: {before.get(key, unset)} -> {after.get(key, unset)}"
         for key in keys
-        if key not in ignore and before.get(key, unset) != after.get(key, unset)
+        if key not in ignore and not alike(before.get(key, unset), after.get(key, unset))
     ]
+
+
+def alike(first: Any, second: Any, rel_tol: float = 0.0) -> bool:
+    """True where both say the same: NaN is NaN, tensors have the same type and numbers, floats agree to `rel_tol`."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        of_one_kind = isinstance(first, Tensor) and isinstance(second, Tensor) and first.dtype == second.dtype
+        return of_one_kind and torch.equal(first.cpu(), second.cpu())
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(alike(first[key], second[key], rel_tol) for key in first)
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(alike(a, b, rel_tol) for a, b in zip(first, second, strict=True))
+    if isinstance(first, float) and isinstance(second, (float, int)):
+        return math.isclose(first, second, rel_tol=rel_tol) or (math.isnan(first) and math.isnan(second))
+    return bool(first == second)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ide_snn.checkpoint import Checkpoint, CheckpointError
+from ide_snn.checkpoint import Checkpoint, CheckpointError, alike
 from ide_snn.data import Dataset, Normalization
 from ide_snn.data.splits import EventSplit
 
@@ -45,15 +44,9 @@ def _digest(dataset: Dataset) -> str:
 
 def data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What both say about their data and is not the same, as 'key: old -> new'; numbers up to rounding."""
-    return [f"{key}: {old[key]} -> {new[key]}" for key in old if key in new and not _alike(old[key], new[key])]
-
-
-def _alike(first: Any, second: Any) -> bool:
-    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
-        return len(first) == len(second) and all(map(_alike, first, second))
-    if isinstance(first, float) and isinstance(second, (float, int)):
-        return math.isclose(first, second, rel_tol=1e-6)  # means of images, of another machine
-    return bool(first == second)
+    rounding = 1e-6  # of means of images, on another machine
+    both = (key for key in old if key in new)
+    return [f"{key}: {old[key]} -> {new[key]}" for key in both if not alike(old[key], new[key], rounding)]
 
 
 def normalization_of(section: Mapping[str, Any]) -> Normalization:

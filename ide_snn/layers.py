@@ -361,6 +361,10 @@ class OpaqueAffine:
         return self.fixed.respond(x, "running")
 
     @property
+    def gain(self) -> Tensor | None:
+        return self.fixed.gain
+
+    @property
     def is_silent_at_zero(self) -> bool:
         return False
 

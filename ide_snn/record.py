@@ -86,15 +86,15 @@ class Rates:
         return torch.stack([fraction.mean() for fraction in self.spike_fraction])
 
 
-def together(parts: Sequence[tuple[Tensor, Rates]]) -> Rates:
-    """The rates of a batch of which every part (indices of its samples, rates) was simulated for steps of its own."""
+def together(parts: Sequence[tuple[Tensor, Rates]], time_steps: int) -> Rates:
+    """The rates of a batch of which every part (indices of its samples, rates) was simulated for at most T steps."""
     indices, rates = zip(*parts, strict=True)
     place = torch.cat(indices).argsort()
     columns = [torch.cat(own)[place] for own in zip(*(_measured(own) for own in rates), strict=True)]
     steps = torch.cat([torch.full_like(index, own.time_steps) for index, own in parts])[place]
     last, rest, count = columns[0], columns[1:], len(rates[0].all)
-    longest = max(rates, key=lambda own: own.time_steps)
-    return replace(longest, last=last, all=tuple(rest[:count]), spike_fraction=tuple(rest[count:]), steps=steps)
+    recorded = {"last": last, "all": tuple(rest[:count]), "spike_fraction": tuple(rest[count:])}
+    return replace(rates[0], **recorded, time_steps=time_steps, steps=steps)
 
 
 def _measured(rates: Rates) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ no special case. In a loop of one's own `DistributedDataParallel` works as for a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -178,14 +178,18 @@ class Replicas:
                 )
 
 
-def with_shares(train: Batches, epoch: int, start: int) -> Iterator[tuple[Batch, Share]]:
+def with_shares(train: Batches, epoch: int, start: int) -> Generator[tuple[Batch, Share], None, None]:
     """The batches of an epoch without the first `start`, and which part of the whole batch each of them is."""
     batches = train.epoch(epoch, start=start)
-    if isinstance(train, SharedBatches):
-        yield from zip(batches, train.shares(start), strict=True)
-    else:
-        for x, y in batches:
-            yield (x, y), Share.whole(len(y))
+    try:
+        if isinstance(train, SharedBatches):
+            yield from zip(batches, train.shares(start), strict=True)
+        else:
+            for x, y in batches:
+                yield (x, y), Share.whole(len(y))
+    finally:
+        if isinstance(batches, Generator):  # what it has put in place is put back now, whoever keeps an error
+            batches.close()
 
 
 def _digest(value: Any) -> bytes:

@@ -34,7 +34,7 @@ from ide_snn.report.collect import BrokenRunError, read_json
 from ide_snn.report.lines import compare
 from ide_snn.reporting import warnings_and_errors_in_log_files, write_json
 from ide_snn.run import train
-from ide_snn.schemas import Config, ReproduceConfig
+from ide_snn.schemas import Config, DownloadDatasetConfig, EventDatasetConfig, ReproduceConfig
 
 __all__ = ["Job", "Outcome", "State", "attempt", "choose_experiments", "inspect", "plan", "reproduce"]
 
@@ -99,6 +99,7 @@ def reproduce(request: ReproduceConfig) -> int:
         for job, (state, _) in zip(jobs, states, strict=True)
         if state in (State.TO_DO, State.CUT_OFF)
     ]
+    _require_data_dir(todo)
     outcomes, stopped = _run(todo, request) if todo else ({}, None)
     code = _summary(jobs, {**blocked, **outcomes}, skipped=len(jobs) - len(todo) - len(blocked), stopped=stopped)
     if stopped is None and request.report is not None:
@@ -273,6 +274,14 @@ def _summary(jobs: Sequence[Job], outcomes: dict[Path, Outcome], *, skipped: int
         print("stopped; the same command continues")
         return 128 + stopped
     return 1 if ended["failed"] else 0
+
+
+def _require_data_dir(jobs: Sequence[Job]) -> None:
+    from_files = (DownloadDatasetConfig, EventDatasetConfig)
+    lacking = [j.experiment for j in jobs if isinstance(j.config.dataset, from_files) and j.config.data_dir is None]
+    if lacking and len(lacking) == len(jobs):  # otherwise the others run, and these are named at the end
+        names = ", ".join(dict.fromkeys(lacking))
+        raise ConfigError(f"these experiments need data: {names}. Set data_dir=path/to/data")
 
 
 def _require_extras(request: ReproduceConfig) -> None:

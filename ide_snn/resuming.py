@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ide_snn.checkpoint import Checkpoint, CheckpointError, config_differences, flatten
+from ide_snn.checkpoint import Checkpoint, CheckpointError, alike, config_differences, flatten, plain
 from ide_snn.data_record import data_differences
 from ide_snn.distributed import Ranks
 from ide_snn.evaluation import Totals
@@ -108,14 +108,11 @@ class TrainingState:
         }
         return state if self.ranks.is_alone else {**state, "ranks": every}
 
-    def restore(self, state: Mapping[str, Any]) -> int:
-        """Puts back what `saved` gave, to any number of ranks; returns the seed of the run.
-
-        Raises:
-            CheckpointError: for an optimizer of another kind, or with other options than its rates.
-        """
-        self._refuse_other_optimizer(state)
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `saved` gave, to any number of ranks; `seed` and `options` are those of the run then."""
         self.optimizer.load_state_dict(state["optimizer"])
+        self.options = state.get("optimizer_options", self.options)
+        self.seed = int(state.get("seed", self.seed))
         every = state.get("ranks", [state])  # a single process, and version 0.1, have no list
         if len(every) == self.ranks.count:
             own: Mapping[str, Any] | None = every[self.ranks.rank]
@@ -127,26 +124,33 @@ class TrainingState:
             self.totals.load_state_dict(own["totals"])
             self.monitor.load_state_dict(own["monitor"])
             set_random_state(own["random"], self.device)
-        return int(state.get("seed", self.seed))
 
-    def _refuse_other_optimizer(self, state: Mapping[str, Any]) -> None:
-        """Of options that only one of the two has, versions of torch may be the reason; older states have none."""
+    def refuse_another_optimizer(self, checkpoint: Checkpoint) -> None:
+        """Raises CheckpointError for an optimizer of another kind, or with other options than its rates.
+
+        Those it was begun with, or those it had when it was saved, which some optimizers change. Of options that only
+        one of the two has, versions of torch may be the reason; older states have none.
+        """
+        state, path = checkpoint.training or {}, checkpoint.path
         kind, now = state.get("optimizer_kind"), type(self.optimizer).__name__
         if kind not in (None, now):
-            raise CheckpointError(f"the run was begun with the optimizer {kind}, so it cannot be resumed with {now}")
-        groups, own = len(state["optimizer"]["param_groups"]), len(self.options)
-        if groups != own:
-            raise CheckpointError(f"the run's optimizer has {groups} groups of parameters, not {own}")
+            raise CheckpointError(f"{path} was begun with the optimizer {kind}, so it cannot be resumed with {now}")
+        saved = state["optimizer"]["param_groups"]
+        if len(saved) != len(self.options):
+            raise CheckpointError(
+                f"{path} has {len(saved)} groups of parameters in its optimizer, so it cannot be resumed with "
+                f"{len(self.options)}"
+            )
         begun = state.get("optimizer_options", self.options)
         changes = [
             f"{name}: {before[name]} -> {mine[name]}"
-            for before, mine in zip(begun, self.options, strict=True)
+            for before, last, mine in zip(begun, saved, self.options, strict=True)
             for name in mine
-            if name in before and mine[name] != before[name]
+            if name in before and not any(alike(was[name], mine[name]) for was in (before, last) if name in was)
         ]
         if changes:
             raise CheckpointError(
-                f"the run was begun with another optimizer, so it cannot be resumed: {'; '.join(changes)} (saved -> "
+                f"{path} was begun with another optimizer, so it cannot be resumed: {'; '.join(changes)} (saved -> "
                 "now). Set these options back, or train in another folder"
             )
 
@@ -154,7 +158,7 @@ class TrainingState:
 def optimizer_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Of each group, what it was made with: numbers and words, without the rates, which `fit` sets itself."""
     return [
-        {name: value for name, value in group.items() if name not in OF_THE_RUN and _is_simple(value)}
+        {name: plain(value, name) for name, value in group.items() if name not in OF_THE_RUN and _is_simple(value)}
         for group in optimizer.param_groups
     ]
 
@@ -162,7 +166,7 @@ def optimizer_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 def _is_simple(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_simple, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+    return value is None or isinstance(value, (bool, int, float, str, np.generic))
 
 
 def own_random(seed: int, ranks: Ranks) -> None:

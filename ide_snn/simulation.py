@@ -21,7 +21,7 @@ from torch import Tensor
 from ide_snn import event_driven
 from ide_snn.firing import weighted_rate
 from ide_snn.kernels import in_layout_of, neuron_step_
-from ide_snn.layers import Affine, cached_weights
+from ide_snn.layers import Affine, OpaqueAffine, cached_weights
 from ide_snn.neurons import NeuronParams, step_
 from ide_snn.record import Path, Rates, Record, together
 
@@ -146,7 +146,8 @@ def simulate(
     Raises:
         ValueError: with `record.stop`, for maps with a gain, that is with dropout, whose masks are of single samples.
     """
-    if record.stop is not None and any(isinstance(m, Affine) and m.gain is not None for m in (feedback, *layers)):
+    has_gain = any(isinstance(m, (Affine, OpaqueAffine)) and m.gain is not None for m in (feedback, *layers))
+    if record.stop is not None and has_gain:
         raise ValueError("stop= is for simulations without dropout: call eval() first")
     has_own = callable(drive) or not all(isinstance(link, Affine) for link in (feedback, *layers))
     with torch.no_grad(), cached_weights() if has_own else nullcontext():  # it is one for all threads of the process
@@ -185,9 +186,9 @@ def simulate(
                 if going_on is not None:
                     x = x[going_on]
                     if not len(x):
-                        return together(ended.parts)
+                        return together(ended.parts, time_steps)
     rates = _measure(populations, watcher, neuron, time_steps, record, path)
-    return rates if record.stop is None else together([*ended.parts, (ended.going_on, rates)])
+    return rates if record.stop is None else together([*ended.parts, (ended.going_on, rates)], time_steps)
 
 
 class _Ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -41,6 +42,8 @@ from ide_snn.solvers import SolverWarning
 __all__ = ["TrainingRun"]
 
 log = logging.getLogger("ide_snn.training")
+
+LOST_WORKER = (RuntimeError, OSError, EOFError)  # what reading batches raises when a worker has ended
 
 
 @dataclass
@@ -90,8 +93,8 @@ class TrainingRun:
         self.train = self.replicas.begin(self.train)
         own_random(self.mask_seed, self.ranks)
         resumed = self._resume_or_refuse(resume)
-        if isinstance(self.train, TorchLoader):
-            self.train.seed = self.mask_seed  # a resumed run keeps that which it had
+        if isinstance(self.train, TorchLoader) and self.train.seed is None:
+            self.train = TorchLoader(self.train.loader, self.mask_seed)  # a resumed run keeps that which it had
         if resumed and self.progress.epoch >= self.epochs and self.progress.rows:
             self._say(f"{self.run_dir} is finished ({self.progress.epoch} epochs); nothing to do")
             if self.run_dir is not None and self.ranks.is_first:  # a run killed while it wrote its last row lacks it
@@ -130,11 +133,14 @@ class TrainingRun:
 
     def _train_epoch(self) -> bool:
         progress = self.progress
-        batches = with_shares(self.train, progress.epoch, progress.batches)
         title = f"epoch {progress.epoch + 1}/{self.epochs}"
         self.model.train()
         logged = self._sums()
-        with self.monitor, show_bar(None, title, self.show, len(self.train), progress.batches) as bar:
+        with (
+            contextlib.closing(with_shares(self.train, progress.epoch, progress.batches)) as batches,
+            self.monitor,
+            show_bar(None, title, self.show, len(self.train), progress.batches) as bar,
+        ):
             while group := self._next_group(batches):
                 rate = self._step(group)
                 bar.update(len(group))
@@ -154,7 +160,7 @@ class TrainingRun:
         """The batches of one optimiser step; none at the end of the epoch, and where a signal ended their workers."""
         try:
             return list(itertools.islice(batches, self.accumulation))
-        except RuntimeError:
+        except LOST_WORKER:
             if not self._was_stopped():
                 raise
             return []
@@ -213,7 +219,7 @@ class TrainingRun:
                 random = random_state(self.device)  # a loader of torch draws; a stopped evaluation is repeated
                 try:
                     result = run_evaluation(self.model, batches, name, self.show, self._is_stopped, self.ranks)
-                except RuntimeError:
+                except LOST_WORKER:
                     if not self._was_stopped():
                         raise
                     result = None
@@ -329,9 +335,12 @@ class TrainingRun:
         if checkpoint.training is None:
             raise CheckpointError(f"{checkpoint.path} holds no training state to continue from")
         refuse_changes(checkpoint, self.config, self.upgrade, self.data, self.epochs, self.schedule)
+        state = self._state()
+        state.refuse_another_optimizer(checkpoint)  # before anything is changed
         load_weights(self.model, checkpoint)
         self.progress = Progress(**checkpoint.progress)
-        self.mask_seed = self._state().restore(checkpoint.training)
+        state.restore(checkpoint.training)
+        self.mask_seed, self.options = state.seed, state.options
         done = f"{self.progress.epoch} epochs and {self.progress.batches} batches"
         self._say(f"resuming {checkpoint.path} after {done}")
 

@@ -13,7 +13,7 @@ import torch
 from conftest import PROJECT
 from torch import Tensor, nn
 
-from ide_snn import Bptt, NeuronParams, SNNIDEConvMultiLayerNet, SNNIDEConvNet, SNNIDEFCNet
+from ide_snn import Bptt, Connection, FeedbackSNN, NeuronParams, SNNIDEConvMultiLayerNet, SNNIDEConvNet, SNNIDEFCNet
 from ide_snn.analysis import early_exit, logits_over_time
 from ide_snn.record import Record
 from ide_snn.training import evaluate
@@ -106,6 +106,7 @@ def test_steps_that_nobody_needs_are_not_simulated() -> None:
     seen.clear()
     _, rates = net.exit_early(x, 0.6)
     assert rates.steps.tolist() == [1] * len(x)
+    assert rates.time_steps == T
     assert [samples for samples in seen if samples > 1] == [len(x)]
 
 
@@ -141,8 +142,13 @@ def test_refusals() -> None:
     net.eval().block.feedback.dropout.train()  # as for Monte Carlo dropout, with masks of single samples
     with pytest.raises(ValueError, match=r"stop= is for simulations without dropout: call eval\(\) first"):
         net.exit_early(x, 0.5)
-    with pytest.raises(ValueError, match="which stop= ends for some"):
-        Record(spikes=True, stop=lambda _step: torch.ones(1, dtype=torch.bool))
+    for series in ("spikes", "membranes", "mean_response"):
+        with pytest.raises(ValueError, match="which stop= ends for some"):
+            Record(**{series: True}, stop=lambda _step: torch.ones(1, dtype=torch.bool))
+    own = Connection(nn.Sequential(nn.Linear(6, 6, bias=False)), dropout=0.5)
+    block = FeedbackSNN(input=nn.Linear(4, 6), feedback=own, time_steps=3)
+    with pytest.raises(ValueError, match=r"stop= is for simulations without dropout: call eval\(\) first"):
+        block.simulate(torch.randn(5, 4), Record(stop=lambda step: step.last_rate()[:, 0] > 0))
 
 
 def test_the_script(tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import PROJECT, golden_files
 from torch import Tensor
 
 from ide_snn.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ide_snn.config import ConfigError, build_model, load_config
 from ide_snn.original import (
+    OriginalCheckpoint,
     compose_config,
     import_original,
     network_from_original,
@@ -33,6 +35,7 @@ from ide_snn.schemas import EvaluateConfig
 FILES = golden_files("original_checkpoints/*.pth.tar")
 OWN = PROJECT / "tests" / "golden" / "original_checkpoints"
 KINDS = ("fc", "conv", "multilayer")
+CONSTRAINED = "block.feedback.op.parametrizations.weight"
 by_name = pytest.mark.parametrize("path", FILES, ids=lambda p: p.name.removesuffix(".pth.tar"))
 
 
@@ -62,6 +65,12 @@ def overrides(path: Path) -> list[str]:
         strides = [config["stride_x"], 1, 2, 1, 1]  # as AlexNet-F; the number of stages is fixed in the original
         options.append(f"model.strides={strides}")
     return [word for option in options for word in option.replace(", ", ",").split()]
+
+
+def power_iteration(original: OriginalCheckpoint) -> tuple[Tensor, Tensor, Tensor]:
+    """(W as a matrix, u, v) of a file, in float64."""
+    w, u, v = (original.weights[f"{CONSTRAINED}.{name}"].double() for name in ("original", "0.u", "0.v"))
+    return w.flatten(1), u, v
 
 
 def assert_as_expected(model: torch.nn.Module, path: Path) -> None:
@@ -97,7 +106,9 @@ def test_golden_original_checkpoint_through_a_file(path: Path, tmp_path: Path) -
     assert checkpoint.progress["epoch"] == report["numbers_in_file"]["epoch"]
     assert checkpoint.training is None
     assert "optimizer" in report["ignored"]
-    assert abs(report["norm_excess"]) < 1e-3  # the power iteration in these files has converged
+    matrix, u, v = power_iteration(read_original(path))
+    largest = torch.linalg.matrix_norm(matrix, 2)
+    assert report["norm_excess"] == pytest.approx(float(largest / (u @ matrix @ v)) - 1, abs=1e-5)
 
 
 @by_name
@@ -106,13 +117,15 @@ def test_golden_original_checkpoint_continues_as_usual(path: Path) -> None:
     original = read_original(path)
     model = network_from_original(original, compose_config(original, overrides(path))).train()
     golden = expected(path)
-    model(golden["x"]).square().mean().backward()
+    model(torch.cat([golden["x"], 0.5 * golden["x"]])).square().mean().backward()  # batch norm of a single one has none
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert all(g is not None and bool(torch.isfinite(g).all()) for g in gradients.values())
     state = model.state_dict()
-    for part in ("u", "v"):
-        name = f"block.feedback.op.parametrizations.weight.0.{part}"
-        torch.testing.assert_close(state[name], original.weights[name], rtol=0, atol=1e-3)
+    matrix, u, _ = power_iteration(original)  # advances once: v = W^T u, u = W v, both of norm 1
+    v = F.normalize(u @ matrix, dim=0)
+    for part, wanted in {"u": F.normalize(matrix @ v, dim=0), "v": v}.items():
+        found = state[f"{CONSTRAINED}.0.{part}"].double()
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 def own(kind: str) -> Path:

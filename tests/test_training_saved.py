@@ -90,6 +90,38 @@ def test_modules_with_an_extra_state(tmp_path: Path) -> None:
     assert counts == [6, 12]  # three batches in training and three in evaluation, in each epoch
 
 
+def test_tensors_and_nan_in_config_and_data(tmp_path: Path) -> None:
+    def say(last: float) -> dict[str, Any]:
+        return {"mean": torch.tensor([0.5, last]), "list": [torch.ones(2), {"x": float("nan")}], "y": float("nan")}
+
+    for epochs in (1, 2):
+        net = network()
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        train(tmp_path, net, optimizer, epochs, resume=True, config=say(0.25), data=say(0.25))
+    for name in ("config", "data"):
+        other = {"config": say(0.25), "data": say(0.25), name: say(0.75)}
+        with pytest.raises(CheckpointError, match="mean: tensor"):
+            train(tmp_path, net, optimizer, 3, resume=True, **other)
+
+
+@pytest.mark.parametrize("part", ["optimizer", "model"])
+def test_states_that_cannot_be_saved_are_refused_before_training(tmp_path: Path, part: str) -> None:
+    class WithObject(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"what": object()}
+
+        def set_extra_state(self, state: Any) -> None: ...
+
+    net = nn.Sequential(nn.Flatten(), (WithObject if part == "model" else nn.Linear)(16, 3))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    if part == "optimizer":
+        optimizer.param_groups[0]["mine"] = object()
+    before = net[1].weight.clone()
+    with pytest.raises(CheckpointError, match=f"the {part}'s state.*is a object, which a checkpoint cannot hold"):
+        train(tmp_path, net, optimizer)
+    assert torch.equal(net[1].weight, before)
+
+
 def test_a_config_without_a_trainer_can_be_resumed(tmp_path: Path) -> None:
     for epochs in (1, 2):
         net = network()
@@ -104,13 +136,19 @@ def test_a_config_without_a_trainer_can_be_resumed(tmp_path: Path) -> None:
     [
         (torch.optim.Adam, {}, "begun with the optimizer SGD, so it cannot be resumed with Adam"),
         (torch.optim.SGD, {"momentum": 0.5}, r"momentum: 0.9 -> 0.5 \(saved -> now\)"),
+        (torch.optim.SGD, {"momentum": np.float32(0.5)}, r"momentum: 0.9 -> 0.5 \(saved -> now\)"),
     ],
 )
 def test_another_optimizer_is_refused(tmp_path: Path, kind: Any, options: dict[str, Any], message: str) -> None:
     net = network()
     train(tmp_path, net, torch.optim.SGD(net.parameters(), 0.1, momentum=0.9))
-    with pytest.raises(CheckpointError, match=message):
-        train(tmp_path, network(), kind(net.parameters(), lr=0.1, **options), 2, resume=True)
+    other = network()
+    with pytest.raises(CheckpointError, match=f"{tmp_path}.*{message}"):
+        train(tmp_path, other, kind(other.parameters(), lr=0.1, **options), 2, resume=True)
+    assert all(map(torch.equal, other.parameters(), network().parameters())), "nothing was changed"
+    groups = [{"params": [p]} for p in other.parameters()]
+    with pytest.raises(CheckpointError, match=r"has 1 groups of parameters in its optimizer.* with 2"):
+        train(tmp_path, other, torch.optim.SGD(groups, lr=0.1, momentum=0.9), 2, resume=True)
 
 
 class Decaying(torch.optim.SGD):
@@ -128,6 +166,11 @@ def test_optimizers_may_change_their_options(tmp_path: Path) -> None:
         optimizer = Decaying(net.parameters(), 0.1, weight_decay=0.1)
         train(tmp_path, net, optimizer, epochs, resume=True)
     assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.1 * 0.5**6)
+    train(tmp_path, net, optimizer, 3, resume=True)  # with the same one, which has changed them
+    again = Decaying(net.parameters(), 0.1, weight_decay=0.1)
+    train(tmp_path, net, again, 4, resume=True)
+    with pytest.raises(CheckpointError, match=r"weight_decay: 0\.1 -> 0\.2"):
+        train(tmp_path, net, Decaying(net.parameters(), 0.1, weight_decay=0.2), 5, resume=True)
 
 
 def test_states_of_versions_without_options_are_resumed(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -258,26 +259,93 @@ except RuntimeError as error:
     assert done.stdout.strip() == "True", done.stderr
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch's iterator, for its worker
+@pytest.mark.parametrize("error", [RuntimeError, ConnectionResetError, EOFError])
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_workers_that_a_signal_ended(tmp_path: Path, part: str) -> None:
+def test_workers_that_a_signal_ended(tmp_path: Path, part: str, error: type[Exception]) -> None:
     """As where every process of a job gets it: what was trained until then is saved."""
+    signalled = True
 
     class Ending(TensorDataset):
         def __getitem__(self, index: int) -> tuple[Tensor, ...]:
             if index == 30:
-                os.kill(os.getppid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGKILL)
+                if signalled:
+                    signal.raise_signal(signal.SIGTERM)
+                raise error("of a worker that has ended")
             return super().__getitem__(index)
 
     data = pairs().dataset.tensors
-    ending, usual = DataLoader(Ending(*data), 4, num_workers=1), DataLoader(TensorDataset(*data), 4)
+    ending, usual = DataLoader(Ending(*data), 4), DataLoader(TensorDataset(*data), 4)
     train, test = (ending, usual) if part == "train" else (usual, ending)
     net = network()
-    options: dict[str, Any] = {"run_dir": tmp_path, "progress": False}
-    result = fit(net, train, test, optimizer=torch.optim.SGD(net.parameters(), 0.05), epochs=2, **options)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    result = fit(net, train, test, optimizer=optimizer, epochs=2, progress=False, run_dir=tmp_path)
     assert result.interrupted == signal.SIGTERM
-    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt").progress["step"] >= (5 if part == "train" else 15)
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt").progress["step"] == (7 if part == "train" else 15)
+    signalled = False
+    with pytest.raises(error, match="of a worker that has ended"):
+        fit(net, train, test, optimizer=optimizer, epochs=2, progress=False)
+
+
+def test_an_error_that_is_kept_keeps_nothing_of_the_loader() -> None:
+    class Damaged(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            raise OSError("damaged")
+
+    net, loader = network(), DataLoader(Damaged(torch.zeros(4, 1)), 2, worker_init_fn=print)
+    with pytest.raises(OSError, match="damaged") as kept:
+        fit(net, loader, pairs(20), optimizer=torch.optim.SGD(net.parameters(), 0.05), epochs=1, progress=False)
+    assert kept.tb is not None
+    assert (loader.generator, loader.worker_init_fn) == (None, print)
+
+
+def test_batches_come_in_the_order_of_the_sampler() -> None:
+    """Otherwise it is that of the fastest worker."""
+    loader = pairs()
+    if not hasattr(loader, "in_order"):
+        pytest.skip("this torch has no other order")
+    loader.in_order = False
+    reader = TorchLoader(loader).epoch(0)
+    next(reader)
+    assert loader.in_order
+    reader.close()
+    assert not loader.in_order
+
+
+def test_a_seed_of_its_own_stays() -> None:
+    seen: list[Tensor] = []
+
+    class Seeing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                seen.append(x)
+            return self.linear(x.flatten(1))
+
+    net, loader = Seeing(), TorchLoader(pairs(), seed=3)
+    fit(net, loader, pairs(20), optimizer=torch.optim.SGD(net.parameters(), 0.05), epochs=1, seed=5, progress=False)
+    assert torch.equal(torch.cat(seen), torch.cat([x for x, _ in TorchLoader(pairs(), seed=3).epoch(0)]))
+
+
+def test_orders_that_are_given() -> None:
+    data = pairs().dataset
+    for order in ([3, 1, 2], range(5)):
+        (batch,) = TorchLoader(DataLoader(data, 8, sampler=order)).epoch(1)
+        assert torch.equal(batch[0], data.tensors[0][list(order)])
+
+
+def test_workers_begin_with_the_function_that_was_given() -> None:
+    class Named(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            return (torch.tensor(int(os.environ["NUMBER_OF_THIS_WORKER"])),)
+
+    def name(worker: int) -> None:
+        os.environ["NUMBER_OF_THIS_WORKER"] = str(worker)
+
+    loader = DataLoader(Named(torch.arange(8.0)), 2, num_workers=2, worker_init_fn=name)
+    assert sorted({int(number) for (batch,) in TorchLoader(loader).epoch(0) for number in batch}) == [0, 1]
 
 
 def test_its_checkpoint_is_no_networks_of_the_scripts(tmp_path: Path) -> None:
@@ -301,6 +369,10 @@ def test_what_cannot_be_trained_on_leaves_nothing_behind(tmp_path: Path) -> None
 
     with pytest.raises(ValueError, match="the order of Own cannot be repeated"):
         TorchLoader(DataLoader(TensorDataset(torch.zeros(4, 1)), sampler=Own()))
+    own = Own()
+    own.generator = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"the order of Own cannot be repeated.*torch's, or None"):
+        TorchLoader(DataLoader(TensorDataset(torch.zeros(4, 1)), sampler=own))
     with pytest.raises(ValueError, match="no batches: use a smaller batch_size"):
         TorchLoader(DataLoader(TensorDataset(torch.zeros(4, 1)), batch_size=8, drop_last=True))
 

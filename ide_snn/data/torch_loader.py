@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,24 +25,24 @@ class TorchLoader:
     Args:
         loader: of pairs (x, y); shuffled by `shuffle=True`, or by a sampler, or batch sampler, with `set_epoch` or
             `generator`.
-        seed: of the order.
+        seed: of the order; None: `fit` gives it that of its run.
 
     Raises:
         ValueError: for an order that cannot be repeated, and for no batches.
     """
 
-    def __init__(self, loader: DataLoader[Any], seed: int = 0) -> None:
+    def __init__(self, loader: DataLoader[Any], seed: int | None = None) -> None:
         if isinstance(loader.dataset, IterableDataset):
             raise ValueError(
                 "the order of an IterableDataset cannot be repeated when a run is resumed: use a data set with "
                 "__getitem__, or an object with __len__() and epoch(e, start=k) instead of the loader"
             )
         sampler = _order_of(loader)
-        known = isinstance(sampler, (RandomSampler, SequentialSampler))
-        if not known and not hasattr(sampler, "set_epoch") and not hasattr(sampler, "generator"):
+        known = isinstance(sampler, (RandomSampler, SequentialSampler, Sequence))
+        if not known and not hasattr(sampler, "set_epoch") and not _has_generator(sampler):
             raise ValueError(
                 f"the order of {type(sampler).__name__} cannot be repeated when a run is resumed: use shuffle=True, or "
-                "a sampler with set_epoch(epoch) or an attribute generator"
+                "a sampler with set_epoch(epoch) or an attribute generator (torch's, or None)"
             )
         if len(loader) == 0:
             raise ValueError("the loader has no batches: use a smaller batch_size, or drop_last=False")
@@ -53,16 +53,18 @@ class TorchLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Those of epoch `epoch`, counted from 0, without the first `start`."""
-        order, workers = np.random.SeedSequence((self.seed, epoch)).generate_state(2, np.uint64)
+        order, workers = np.random.SeedSequence((self.seed or 0, epoch)).generate_state(2, np.uint64)
         loader, sampler = self.loader, _order_of(self.loader)
         started = functools.partial(_start_worker, loader.worker_init_fn)
-        replaced = [
+        replaced: list[tuple[Any, str, Any]] = [
             (loader, "generator", torch.Generator().manual_seed(int(workers >> 1))),
             (loader, "worker_init_fn", started),
         ]
+        if hasattr(loader, "in_order"):  # of torch 2.6; otherwise the order is that of the fastest workers
+            replaced.append((loader, "in_order", True))
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
-        elif hasattr(sampler, "generator"):
+        elif _has_generator(sampler):
             replaced.append((sampler, "generator", torch.Generator().manual_seed(int(order >> 1))))
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
         try:
@@ -78,6 +80,10 @@ def _order_of(loader: DataLoader[Any]) -> Any:
     if batches is None:
         return loader.sampler
     return batches.sampler if type(batches) is BatchSampler else batches
+
+
+def _has_generator(sampler: Any) -> bool:
+    return isinstance(getattr(sampler, "generator", 0), (torch.Generator, type(None)))
 
 
 def _assign(values: list[tuple[Any, str, Any]]) -> None:
