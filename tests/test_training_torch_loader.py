@@ -287,12 +287,12 @@ def test_workers_that_a_signal_ended(tmp_path: Path, part: str, error: type[Exce
 
 
 def test_an_error_that_is_kept_keeps_nothing_of_the_loader() -> None:
-    class Damaged(TensorDataset):
-        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-            raise OSError("damaged")
+    class Failing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError("of the model")
 
-    net, loader = network(), DataLoader(Damaged(torch.zeros(4, 1)), 2, worker_init_fn=print)
-    with pytest.raises(OSError, match="damaged") as kept:
+    net, loader = Failing(1, 3), DataLoader(TensorDataset(torch.zeros(4, 1), torch.zeros(4)), 2, worker_init_fn=print)
+    with pytest.raises(KeyError, match="of the model") as kept:
         fit(net, loader, pairs(20), optimizer=torch.optim.SGD(net.parameters(), 0.05), epochs=1, progress=False)
     assert kept.tb is not None
     assert (loader.generator, loader.worker_init_fn) == (None, print)
