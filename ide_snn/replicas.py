@@ -181,15 +181,11 @@ class Replicas:
 def with_shares(train: Batches, epoch: int, start: int) -> Generator[tuple[Batch, Share], None, None]:
     """The batches of an epoch without the first `start`, and which part of the whole batch each of them is."""
     batches = train.epoch(epoch, start=start)
-    try:
-        if isinstance(train, SharedBatches):
-            yield from zip(batches, train.shares(start), strict=True)
-        else:
-            for x, y in batches:
-                yield (x, y), Share.whole(len(y))
-    finally:
-        if isinstance(batches, Generator):  # what it has put in place is put back now, whoever keeps an error
-            batches.close()
+    if isinstance(train, SharedBatches):
+        yield from zip(batches, train.shares(start), strict=True)
+    else:
+        for x, y in batches:
+            yield (x, y), Share.whole(len(y))
 
 
 def _digest(value: Any) -> bytes:

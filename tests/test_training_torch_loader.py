@@ -288,7 +288,7 @@ def test_workers_that_a_signal_ended(tmp_path: Path, part: str, error: type[Exce
 
 def test_an_error_that_is_kept_keeps_nothing_of_the_loader() -> None:
     class Failing(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Tensor:  # noqa: ARG002
             raise KeyError("of the model")
 
     net, loader = Failing(1, 3), DataLoader(TensorDataset(torch.zeros(4, 1), torch.zeros(4)), 2, worker_init_fn=print)
