@@ -1,4 +1,4 @@
-"""What a model's feedback blocks report as it trains or is evaluated: solves, firing rates, feedback norms."""
+"""What is watched as a model trains or is evaluated: solves, firing rates, feedback norms, norms of gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from ide_snn.dsr import DSRNode, record_firing_rates
 from ide_snn.record import Rates
 from ide_snn.solvers import Outcome, Solution
 
-__all__ = ["BlockMonitor", "feedback_blocks", "feedback_diagnostics", "merged", "solver_figures"]
+__all__ = [
+    "BlockMonitor",
+    "GradientNorms",
+    "feedback_blocks",
+    "feedback_diagnostics",
+    "gradient_figures",
+    "merged",
+    "solver_figures",
+]
 
 
 def feedback_blocks(model: nn.Module) -> dict[str, FeedbackSNN]:
@@ -145,6 +153,36 @@ def solver_figures(counts: Mapping[str, int | float]) -> dict[str, int | float]:
     if math.isnan(figures["solver_products_mean"]):  # the epoch was begun by a version that did not count them
         del figures["solver_products_mean"]
     return figures
+
+
+class GradientNorms:
+    """Norms of the gradient of all parameters, of every optimiser step, kept on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.max_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.steps = 0
+
+    def add(self, norm: Tensor) -> None:
+        norm = norm.detach().to(self.norm)
+        self.norm += norm
+        self.max_norm = torch.maximum(self.max_norm, norm)
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, int | float]:
+        """The sum, the largest and their number; the only place that waits for the device."""
+        return {"norm": float(self.norm), "max_norm": float(self.max_norm), "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, int | float]) -> None:
+        self.norm.fill_(state["norm"])
+        self.max_norm.fill_(state["max_norm"])
+        self.steps = int(state["steps"])
+
+
+def gradient_figures(counts: Mapping[str, int | float]) -> dict[str, float]:
+    """Mean and largest norm of the gradients of an epoch; empty without any."""
+    steps = counts["steps"]
+    return {"gradient_norm_mean": counts["norm"] / steps, "gradient_norm_max": counts["max_norm"]} if steps else {}
 
 
 def merged(counts: Sequence[Mapping[str, int | float]]) -> dict[str, int | float]:

@@ -146,7 +146,7 @@ class RunLog:
 
 def _tag(key: str) -> str:
     """train_loss -> train/loss, so that TensorBoard groups the curves."""
-    for group in ("train", "test", "validation", "solver", "firing_rate", "feedback"):
+    for group in ("train", "test", "validation", "solver", "gradient", "firing_rate", "feedback"):
         if key.startswith(f"{group}_"):
             return f"{group}/{key.removeprefix(f'{group}_')}"
     return f"run/{key}"

@@ -14,7 +14,7 @@ from ide_snn.checkpoint import Checkpoint, CheckpointError, alike, config_differ
 from ide_snn.data_record import data_differences
 from ide_snn.distributed import Ranks
 from ide_snn.evaluation import Totals
-from ide_snn.monitor import BlockMonitor, merged
+from ide_snn.monitor import BlockMonitor, GradientNorms, merged
 from ide_snn.optim import Schedule
 from ide_snn.progress import random_state, set_random_state
 
@@ -81,6 +81,7 @@ class TrainingState:
     options: list[dict[str, Any]]
     totals: Totals
     monitor: BlockMonitor
+    gradients: GradientNorms
     seed: int
     device: torch.device
     ranks: Ranks
@@ -94,6 +95,7 @@ class TrainingState:
         own: dict[str, Any] = {
             "totals": self.totals.state_dict(),
             "monitor": self.monitor.state_dict(),
+            "gradients": self.gradients.state_dict(),
             "random": random_state(self.device),
         }
         every = self.ranks.gather(own)
@@ -103,6 +105,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "totals": merged([part["totals"] for part in every]),
             "monitor": merged([part["monitor"] for part in every]),
+            "gradients": merged([part["gradients"] for part in every]),
             "random": every[0]["random"],
             "seed": self.seed,
         }
@@ -123,6 +126,7 @@ class TrainingState:
         else:
             self.totals.load_state_dict(own["totals"])
             self.monitor.load_state_dict(own["monitor"])
+            self.gradients.load_state_dict(own.get("gradients", self.gradients.state_dict()))  # not in version 0.1
             set_random_state(own["random"], self.device)
 
     def refuse_another_optimizer(self, checkpoint: Checkpoint) -> None:

@@ -23,7 +23,14 @@ from ide_snn.distributed import Ranks, Share
 from ide_snn.dropout import DropoutStream
 from ide_snn.evaluation import Batch, Totals, device_of, run_evaluation, show_bar
 from ide_snn.interrupt import StopRequest
-from ide_snn.monitor import BlockMonitor, feedback_diagnostics, merged, solver_figures
+from ide_snn.monitor import (
+    BlockMonitor,
+    GradientNorms,
+    feedback_diagnostics,
+    gradient_figures,
+    merged,
+    solver_figures,
+)
 from ide_snn.optim import Schedule, set_learning_rate
 from ide_snn.progress import (
     Batches,
@@ -43,6 +50,7 @@ __all__ = ["TrainingRun"]
 
 log = logging.getLogger("ide_snn.training")
 
+PEAK = 20  # times the epoch's mean: a norm of the gradient that is worth a warning
 LOST_WORKER = (RuntimeError, OSError, EOFError)  # what reading batches raises when a worker has ended
 
 
@@ -77,6 +85,7 @@ class TrainingRun:
         self.selected_on = "test" if self.validation is None else "validation"
         self.stop = StopRequest()
         self.stopped: int | None = None  # the signal that stops all ranks
+        self.told_of_peaks = False
         self.show = self.show if self.ranks.is_first else False
         self.replicas = Replicas(self.model, self.ranks, self.sync_bn)
         drawn = int(torch.randint(2**62, ())) if self.seed is None else self.seed
@@ -130,6 +139,7 @@ class TrainingRun:
         self.progress.batches = 0
         self.totals = Totals(self.device)
         self.monitor = BlockMonitor(self.model)
+        self.gradients = GradientNorms(self.device)
 
     def _train_epoch(self) -> bool:
         progress = self.progress
@@ -193,7 +203,10 @@ class TrainingRun:
             self.totals.add(loss, logits if logits.dim() == 2 else logits.mean(0), y)
         self.replicas.sum_gradients(wants_to_stop=self.stop.signum is not None)
         if self.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.gradients.add(norm)
         self.optimizer.step()
         self.progress.step += 1
         self.progress.batches += len(group)
@@ -232,9 +245,30 @@ class TrainingRun:
                     row.update({f"firing_rate_{key}": rate for key, rate in result.firing_rate.items()})
         solves = merged(self.ranks.gather(self.monitor.state_dict()))
         row.update(solver_figures(solves))
+        gradients = gradient_figures(merged(self.ranks.gather(self.gradients.state_dict())))
+        row.update(gradients)
+        if solves["solves"]:
+            self._tell_of_peaks(gradients)
         row.update(feedback_diagnostics(self.model))
         self._record(row, solves)
         return True
+
+    def _tell_of_peaks(self, gradients: Mapping[str, float]) -> None:
+        """A warning, once in this call, where the gradient of one step was far larger than the others."""
+        largest, mean = gradients.get("gradient_norm_max", 0.0), gradients.get("gradient_norm_mean", 0.0)
+        if self.told_of_peaks or self.gradient_clip is not None or not largest > PEAK * mean:
+            return
+        self.told_of_peaks = True
+        if self.ranks.is_first:
+            log.warning(
+                "epoch %d: the norm of the gradient was %.3g in one step, %.0f times the mean. I - J^T is close to "
+                "singular for single samples where the feedback is stronger than its constraint bounds "
+                "(docs/constraints.md): trainer.gradient_clip=1.0 keeps one step from undoing many, "
+                "model.constraint=spectral_operator bounds convolutions",
+                self.progress.epoch + 1,
+                largest,
+                largest / mean,
+            )
 
     def _is_stopped(self) -> bool:
         self.stopped = self.replicas.agreed_signal(self.stop.signum)
@@ -309,7 +343,7 @@ class TrainingRun:
             )
 
     def _state(self) -> TrainingState:
-        own = self.totals, self.monitor, self.mask_seed, self.device, self.ranks
+        own = self.totals, self.monitor, self.gradients, self.mask_seed, self.device, self.ranks
         return TrainingState(self.optimizer, self.options, *own)
 
     def _resume_or_refuse(self, resume: bool) -> bool:
