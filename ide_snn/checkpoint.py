@@ -171,17 +171,23 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore
 
 
 def alike(first: Any, second: Any, rel_tol: float = 0.0) -> bool:
-    """True where both say the same: NaN is NaN, tensors have the same type and numbers, floats agree to `rel_tol`."""
+    """True where both say the same: NaN is NaN, tensors are of one type and shape, numbers agree to `rel_tol`."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.dtype == second.dtype and first.shape == second.shape and _numbers_agree(first, second, rel_tol)
     if isinstance(first, Tensor) or isinstance(second, Tensor):
-        of_one_kind = isinstance(first, Tensor) and isinstance(second, Tensor) and first.dtype == second.dtype
-        return of_one_kind and torch.equal(first.cpu(), second.cpu())
+        return False
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         return first.keys() == second.keys() and all(alike(first[key], second[key], rel_tol) for key in first)
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
         return len(first) == len(second) and all(alike(a, b, rel_tol) for a, b in zip(first, second, strict=True))
-    if isinstance(first, float) and isinstance(second, (float, int)):
+    if isinstance(first, (float, int)) and isinstance(second, (float, int)):
         return math.isclose(first, second, rel_tol=rel_tol) or (math.isnan(first) and math.isnan(second))
     return bool(first == second)
+
+
+def _numbers_agree(first: Tensor, second: Tensor, rel_tol: float) -> bool:
+    first, second = (tensor.detach().cpu().to_dense() for tensor in (first, second))
+    return torch.allclose(first, second, rtol=rel_tol, atol=0, equal_nan=True)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

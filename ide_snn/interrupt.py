@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -9,11 +10,16 @@ from typing import Any
 
 __all__ = ["StopRequest"]
 
+TORCH_HANDLER = "torch.utils.data._utils.signal_handling"  # where what it sets for SIGCHLD is defined
+
 
 class StopRequest:
     """While entered, the first SIGINT or SIGTERM sets `signum` and the second raises KeyboardInterrupt.
 
     Outside the main thread signals cannot be caught: there `signum` stays None.
+
+    The same signal may have ended the workers of a torch DataLoader. Torch then raises RuntimeError wherever the main
+    thread is, in the midst of a step too, after which nothing could be saved: see `hold_back_deaths`.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -30,9 +36,24 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        held_back = self._previous.get(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        if held_back is not None:  # or the end of another process would be blamed on these workers, wherever that is
+            with contextlib.suppress(RuntimeError):  # raised where a batch was asked for, or no batch was needed
+                held_back(signal.SIGCHLD, None)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+    def hold_back_deaths(self) -> None:
+        """Until the exit, the end of a worker is an error where its batch is asked for, and nowhere else.
+
+        To be called after workers were started, since torch sets its handler then.
+        """
+        if self._previous and hasattr(signal, "SIGCHLD"):
+            handler = signal.getsignal(signal.SIGCHLD)
+            if getattr(handler, "__module__", None) == TORCH_HANDLER:
+                self._previous.setdefault(signal.SIGCHLD, handler)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self.signum is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -24,7 +24,9 @@ __all__ = [
     "feedback_blocks",
     "feedback_diagnostics",
     "gradient_figures",
+    "gradient_norm",
     "merged",
+    "peak_of",
     "solver_figures",
 ]
 
@@ -155,8 +157,14 @@ def solver_figures(counts: Mapping[str, int | float]) -> dict[str, int | float]:
     return figures
 
 
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """2-norm of all gradients as one vector."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return nn.utils.get_total_norm([grad.coalesce().values() if grad.is_sparse else grad for grad in grads])
+
+
 class GradientNorms:
-    """Norms of the gradient of all parameters, of every optimiser step, kept on the device."""
+    """Norms of the gradient of all parameters, of every optimiser step, kept on the device; alike on all ranks."""
 
     def __init__(self, device: torch.device) -> None:
         self.norm = torch.zeros((), dtype=torch.float64, device=device)
@@ -178,11 +186,26 @@ class GradientNorms:
         self.max_norm.fill_(state["max_norm"])
         self.steps = int(state["steps"])
 
+    @staticmethod
+    def uncounted() -> dict[str, int | float]:
+        """The state of an epoch whose first steps were not counted: it has no figures."""
+        return {"norm": math.nan, "max_norm": math.nan, "steps": 1}
+
 
 def gradient_figures(counts: Mapping[str, int | float]) -> dict[str, float]:
     """Mean and largest norm of the gradients of an epoch; empty without any."""
     steps = counts["steps"]
-    return {"gradient_norm_mean": counts["norm"] / steps, "gradient_norm_max": counts["max_norm"]} if steps else {}
+    if not steps or math.isnan(counts["norm"]):
+        return {}
+    return {"gradient_norm_mean": counts["norm"] / steps, "gradient_norm_max": counts["max_norm"]}
+
+
+def peak_of(counts: Mapping[str, int | float]) -> float:
+    """How many times the mean of the others the largest norm of the gradients of an epoch is; 0 without others."""
+    others = (counts["norm"] - counts["max_norm"]) / max(counts["steps"] - 1, 1)
+    if math.isinf(counts["max_norm"]):
+        return math.inf
+    return counts["max_norm"] / others if others > 0 else 0.0
 
 
 def merged(counts: Sequence[Mapping[str, int | float]]) -> dict[str, int | float]:

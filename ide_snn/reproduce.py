@@ -99,7 +99,8 @@ def reproduce(request: ReproduceConfig) -> int:
         for job, (state, _) in zip(jobs, states, strict=True)
         if state in (State.TO_DO, State.CUT_OFF)
     ]
-    _require_data_dir(todo)
+    if len(todo) == len(jobs):
+        _require_data_dir(todo)
     outcomes, stopped = _run(todo, request) if todo else ({}, None)
     code = _summary(jobs, {**blocked, **outcomes}, skipped=len(jobs) - len(todo) - len(blocked), stopped=stopped)
     if stopped is None and request.report is not None:

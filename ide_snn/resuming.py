@@ -75,6 +75,7 @@ class TrainingState:
     Attributes:
         options: of the optimizer as this part of the run was begun, see `optimizer_options`.
         seed: of the dropout masks, and of the order of batches where that is drawn here.
+        order: the seed of that order where it is the loader's own.
     """
 
     optimizer: torch.optim.Optimizer
@@ -83,6 +84,7 @@ class TrainingState:
     monitor: BlockMonitor
     gradients: GradientNorms
     seed: int
+    order: int | None
     device: torch.device
     ranks: Ranks
 
@@ -95,7 +97,6 @@ class TrainingState:
         own: dict[str, Any] = {
             "totals": self.totals.state_dict(),
             "monitor": self.monitor.state_dict(),
-            "gradients": self.gradients.state_dict(),
             "random": random_state(self.device),
         }
         every = self.ranks.gather(own)
@@ -105,9 +106,10 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "totals": merged([part["totals"] for part in every]),
             "monitor": merged([part["monitor"] for part in every]),
-            "gradients": merged([part["gradients"] for part in every]),
+            "gradients": self.gradients.state_dict(),  # the same on all ranks
             "random": every[0]["random"],
             "seed": self.seed,
+            "order": self.order,
         }
         return state if self.ranks.is_alone else {**state, "ranks": every}
 
@@ -116,6 +118,10 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.options = state.get("optimizer_options", self.options)
         self.seed = int(state.get("seed", self.seed))
+        if "gradients" in state:
+            self.gradients.load_state_dict(state["gradients"])
+        elif state["totals"]["samples"]:  # in the midst of an epoch that version 0.1 began
+            self.gradients.load_state_dict(self.gradients.uncounted())
         every = state.get("ranks", [state])  # a single process, and version 0.1, have no list
         if len(every) == self.ranks.count:
             own: Mapping[str, Any] | None = every[self.ranks.rank]
@@ -126,8 +132,21 @@ class TrainingState:
         else:
             self.totals.load_state_dict(own["totals"])
             self.monitor.load_state_dict(own["monitor"])
-            self.gradients.load_state_dict(own.get("gradients", self.gradients.state_dict()))  # not in version 0.1
             set_random_state(own["random"], self.device)
+
+    def refuse_another_order(self, checkpoint: Checkpoint) -> None:
+        """Raises CheckpointError if the loader brings another seed than the run was begun with.
+
+        The run's own seed is taken from the checkpoint. Version 0.1 took it even where the loader had one.
+        """
+        state = checkpoint.training or {}
+        begun = state.get("order", state.get("seed") if self.order is not None else None)
+        if begun != self.order:
+            kept = "a loader without a seed" if begun is None else f"TorchLoader(seed={begun})"
+            now = "a loader without a seed" if self.order is None else f"seed={self.order}"
+            raise CheckpointError(
+                f"{checkpoint.path} was begun with {kept}, so it cannot be resumed with {now}, which is another order"
+            )
 
     def refuse_another_optimizer(self, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError for an optimizer of another kind, or with other options than its rates.
@@ -145,6 +164,13 @@ class TrainingState:
                 f"{path} has {len(saved)} groups of parameters in its optimizer, so it cannot be resumed with "
                 f"{len(self.options)}"
             )
+        for number, (group, mine) in enumerate(zip(saved, self.optimizer.param_groups, strict=True)):
+            before, now = len(group["params"]), len(mine["params"])
+            if before != now:
+                raise CheckpointError(
+                    f"{path} has {before} parameters in group {number} of its optimizer, so it cannot be resumed with "
+                    f"{now}"
+                )
         begun = state.get("optimizer_options", self.options)
         changes = [
             f"{name}: {before[name]} -> {mine[name]}"

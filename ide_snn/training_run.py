@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 import math
@@ -28,7 +29,9 @@ from ide_snn.monitor import (
     GradientNorms,
     feedback_diagnostics,
     gradient_figures,
+    gradient_norm,
     merged,
+    peak_of,
     solver_figures,
 )
 from ide_snn.optim import Schedule, set_learning_rate
@@ -50,7 +53,7 @@ __all__ = ["TrainingRun"]
 
 log = logging.getLogger("ide_snn.training")
 
-PEAK = 20  # times the epoch's mean: a norm of the gradient that is worth a warning
+PEAK = 20  # times the mean of the other steps of the epoch: a norm of the gradient that is worth a warning
 LOST_WORKER = (RuntimeError, OSError, EOFError)  # what reading batches raises when a worker has ended
 
 
@@ -94,6 +97,7 @@ class TrainingRun:
         # never read back from a checkpoint: there the rates are those of some step
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.options = optimizer_options(self.optimizer)
+        self.order = self.train.seed if isinstance(self.train, TorchLoader) else None
 
     def run(self, resume: bool) -> FitResult:
         if self.run_dir is not None:  # what could not be saved is said before anything is trained
@@ -103,7 +107,8 @@ class TrainingRun:
         own_random(self.mask_seed, self.ranks)
         resumed = self._resume_or_refuse(resume)
         if isinstance(self.train, TorchLoader) and self.train.seed is None:
-            self.train = TorchLoader(self.train.loader, self.mask_seed)  # a resumed run keeps that which it had
+            self.train = copy.copy(self.train)
+            self.train.seed = self.mask_seed  # a resumed run keeps that which it had
         if resumed and self.progress.epoch >= self.epochs and self.progress.rows:
             self._say(f"{self.run_dir} is finished ({self.progress.epoch} epochs); nothing to do")
             if self.run_dir is not None and self.ranks.is_first:  # a run killed while it wrote its last row lacks it
@@ -169,7 +174,9 @@ class TrainingRun:
     def _next_group(self, batches: Iterator[tuple[Batch, Share]]) -> list[tuple[Batch, Share]]:
         """The batches of one optimiser step; none at the end of the epoch, and where a signal ended their workers."""
         try:
-            return list(itertools.islice(batches, self.accumulation))
+            group = list(itertools.islice(batches, self.accumulation))
+            self.stop.hold_back_deaths()
+            return group
         except LOST_WORKER:
             if not self._was_stopped():
                 raise
@@ -205,7 +212,7 @@ class TrainingRun:
         if self.gradient_clip is not None:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip)
         else:
-            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            norm = gradient_norm(self.model.parameters())
         self.gradients.add(norm)
         self.optimizer.step()
         self.progress.step += 1
@@ -245,29 +252,27 @@ class TrainingRun:
                     row.update({f"firing_rate_{key}": rate for key, rate in result.firing_rate.items()})
         solves = merged(self.ranks.gather(self.monitor.state_dict()))
         row.update(solver_figures(solves))
-        gradients = gradient_figures(merged(self.ranks.gather(self.gradients.state_dict())))
-        row.update(gradients)
+        gradients = self.gradients.state_dict()
+        row.update(gradient_figures(gradients))
         if solves["solves"]:
-            self._tell_of_peaks(gradients)
+            self._tell_of_peaks(peak_of(gradients), gradients["max_norm"])
         row.update(feedback_diagnostics(self.model))
         self._record(row, solves)
         return True
 
-    def _tell_of_peaks(self, gradients: Mapping[str, float]) -> None:
+    def _tell_of_peaks(self, peak: float, largest: float) -> None:
         """A warning, once in this call, where the gradient of one step was far larger than the others."""
-        largest, mean = gradients.get("gradient_norm_max", 0.0), gradients.get("gradient_norm_mean", 0.0)
-        if self.told_of_peaks or self.gradient_clip is not None or not largest > PEAK * mean:
+        if self.told_of_peaks or self.gradient_clip is not None or not peak > PEAK:
             return
         self.told_of_peaks = True
         if self.ranks.is_first:
             log.warning(
-                "epoch %d: the norm of the gradient was %.3g in one step, %.0f times the mean. I - J^T is close to "
-                "singular for single samples where the feedback is stronger than its constraint bounds "
-                "(docs/constraints.md): trainer.gradient_clip=1.0 keeps one step from undoing many, "
-                "model.constraint=spectral_operator bounds convolutions",
+                "epoch %d: the norm of the gradient was %.3g in one step, %.3g times the mean of the others. "
+                "trainer.gradient_clip=1.0 keeps one step from undoing many. The cause may be a wrong label or an "
+                "outlier, or an I - J^T that is close to singular for a single sample (docs/constraints.md)",
                 self.progress.epoch + 1,
                 largest,
-                largest / mean,
+                peak,
             )
 
     def _is_stopped(self) -> bool:
@@ -343,8 +348,10 @@ class TrainingRun:
             )
 
     def _state(self) -> TrainingState:
-        own = self.totals, self.monitor, self.gradients, self.mask_seed, self.device, self.ranks
-        return TrainingState(self.optimizer, self.options, *own)
+        counted = self.totals, self.monitor, self.gradients
+        return TrainingState(
+            self.optimizer, self.options, *counted, self.mask_seed, self.order, self.device, self.ranks
+        )
 
     def _resume_or_refuse(self, resume: bool) -> bool:
         """True if the state of last.pt was restored."""
@@ -371,6 +378,7 @@ class TrainingRun:
         refuse_changes(checkpoint, self.config, self.upgrade, self.data, self.epochs, self.schedule)
         state = self._state()
         state.refuse_another_optimizer(checkpoint)  # before anything is changed
+        state.refuse_another_order(checkpoint)
         load_weights(self.model, checkpoint)
         self.progress = Progress(**checkpoint.progress)
         state.restore(checkpoint.training)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ide_snn.checkpoint import (
     CheckpointError,
+    alike,
     config_differences,
     load_checkpoint,
     load_weights,
@@ -137,3 +138,43 @@ def test_differences_name_the_key_and_both_values() -> None:
         "extra: (unset) -> None",
     ]
     assert config_differences(old, old) == []
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "rel_tol", "expected"),
+    [
+        (1.0, 1.0 + 1e-7, 0.0, False),
+        (1.0, 1.0 + 1e-7, 1e-6, True),
+        (1.0, 1.0 + 1e-5, 1e-6, False),
+        (1, 1.0 + 1e-7, 1e-6, True),
+        (1, 1.0, 0.0, True),
+        (NAN, NAN, 0.0, True),
+        (NAN, 1.0, 1e-6, False),
+        ([1.0, {"x": NAN}], [1.0 + 1e-7, {"x": NAN}], 1e-6, True),
+        ([1.0, {"x": 2.0}], [1.0, {"x": 2.0 + 1e-7}], 0.0, False),
+        ([1.0], (1.0,), 0.0, True),
+        ([1.0], [1.0, 2.0], 0.0, False),
+        ({"x": 1}, {"y": 1}, 0.0, False),
+        ("a", "a", 0.0, True),
+        ("1", 1, 0.0, False),
+        (None, 0, 0.0, False),
+        (torch.tensor([1.0, NAN]), torch.tensor([1.0, NAN]), 0.0, True),
+        (torch.tensor([1.0]), torch.tensor([1.0 + 1e-6]), 1e-5, True),
+        (torch.tensor([1.0]), torch.tensor([1.0 + 1e-6]), 0.0, False),
+        (torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64), 0.0, False),
+        (torch.ones(2), torch.ones(1), 0.0, False),
+        (torch.tensor([1, 2]), torch.tensor([1, 2]), 0.0, True),
+        (torch.tensor([True]), torch.tensor([False]), 0.0, False),
+        (torch.ones(2), [1.0, 1.0], 0.0, False),
+        ([1.0, 1.0], torch.ones(2), 0.0, False),
+        (torch.eye(2).to_sparse(), torch.eye(2).to_sparse(), 0.0, True),
+        (torch.eye(2).to_sparse(), torch.ones(2, 2).to_sparse(), 0.0, False),
+        ({"m": [torch.ones(1)]}, {"m": [torch.ones(1) + 1e-6]}, 1e-5, True),
+    ],
+)
+def test_what_says_the_same(first: Any, second: Any, rel_tol: float, expected: bool) -> None:
+    assert alike(first, second, rel_tol) is expected
+    assert alike(second, first, rel_tol) is expected

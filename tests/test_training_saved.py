@@ -149,6 +149,9 @@ def test_another_optimizer_is_refused(tmp_path: Path, kind: Any, options: dict[s
     groups = [{"params": [p]} for p in other.parameters()]
     with pytest.raises(CheckpointError, match=r"has 1 groups of parameters in its optimizer.* with 2"):
         train(tmp_path, other, torch.optim.SGD(groups, lr=0.1, momentum=0.9), 2, resume=True)
+    with pytest.raises(CheckpointError, match=r"has 2 parameters in group 0 of its optimizer.* with 1"):
+        train(tmp_path, other, torch.optim.SGD([other[1].weight], lr=0.1, momentum=0.9), 2, resume=True)
+    assert all(map(torch.equal, other.parameters(), network().parameters())), "nothing was changed"
 
 
 class Decaying(torch.optim.SGD):

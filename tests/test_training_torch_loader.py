@@ -259,6 +259,59 @@ except RuntimeError as error:
     assert done.stdout.strip() == "True", done.stderr
 
 
+SIGNALLED_IN_A_STEP = """
+import multiprocessing, os, subprocess, sys, time
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from ide_snn.training import fit
+
+kill = "import os, sys; [os.kill(int(pid), 15) for pid in sys.argv[1:]]"
+
+class Signalled(nn.Linear):
+    calls = 0
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 5:
+            workers = [child.pid for child in multiprocessing.active_children()]
+            order = [os.getpid(), *workers] if sys.argv[2] == "first" else [*workers, os.getpid()]
+            subprocess.run([sys.executable, "-c", kill, *map(str, order)])
+            while any(child.is_alive() for child in multiprocessing.active_children()):
+                time.sleep(0.01)
+        return super().forward(x)
+
+net = Signalled(4, 3)
+data = DataLoader(TensorDataset(torch.randn(64, 4), torch.arange(64) % 3), 4, num_workers=2)
+result = fit(net, data, [], optimizer=torch.optim.SGD(net.parameters(), 0.1), epochs=2, run_dir=sys.argv[1])
+print("interrupted", result.interrupted)
+"""
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_workers_that_end_in_the_midst_of_a_step(tmp_path: Path, order: str) -> None:
+    """Where every process of a job gets the signal; torch would raise in the forward pass."""
+    command = [sys.executable, "-c", SIGNALLED_IN_A_STEP, str(tmp_path / "run"), order]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == f"interrupted {signal.SIGTERM.value}", done.stderr
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt").progress["step"] == 5
+
+
+def test_a_worker_that_ends_by_itself_is_an_error() -> None:
+    class Ending(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            if index == 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    before = signal.getsignal(signal.SIGCHLD)
+    net, loader = network(), DataLoader(Ending(*pairs().dataset.tensors), 4, num_workers=1)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
+        fit(net, loader, [], optimizer=torch.optim.SGD(net.parameters(), 0.05), epochs=1, progress=False)
+    after = signal.getsignal(signal.SIGCHLD)
+    assert after is before or after.__module__.startswith("torch.")
+    subprocess.run([sys.executable, "-c", ""], check=True)  # the end of which torch would take for the worker's
+
+
 @pytest.mark.parametrize("error", [RuntimeError, ConnectionResetError, EOFError])
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_workers_that_a_signal_ended(tmp_path: Path, part: str, error: type[Exception]) -> None:
@@ -284,6 +337,9 @@ def test_workers_that_a_signal_ended(tmp_path: Path, part: str, error: type[Exce
     signalled = False
     with pytest.raises(error, match="of a worker that has ended"):
         fit(net, train, test, optimizer=optimizer, epochs=2, progress=False)
+    signalled, error = True, KeyError  # not what the end of a worker is
+    with pytest.raises(KeyError):
+        fit(net, train, test, optimizer=optimizer, epochs=2, progress=False)
 
 
 def test_an_error_that_is_kept_keeps_nothing_of_the_loader() -> None:
@@ -301,14 +357,14 @@ def test_an_error_that_is_kept_keeps_nothing_of_the_loader() -> None:
 def test_batches_come_in_the_order_of_the_sampler() -> None:
     """Otherwise it is that of the fastest worker."""
     loader = pairs()
-    if not hasattr(loader, "in_order"):
-        pytest.skip("this torch has no other order")
     loader.in_order = False
     reader = TorchLoader(loader).epoch(0)
     next(reader)
     assert loader.in_order
     reader.close()
     assert not loader.in_order
+    with pytest.raises(ValueError, match="use in_order=True"):  # theirs was fixed when they began
+        TorchLoader(DataLoader(loader.dataset, 4, num_workers=1, persistent_workers=True, in_order=False))
 
 
 def test_a_seed_of_its_own_stays() -> None:
@@ -327,6 +383,58 @@ def test_a_seed_of_its_own_stays() -> None:
     net, loader = Seeing(), TorchLoader(pairs(), seed=3)
     fit(net, loader, pairs(20), optimizer=torch.optim.SGD(net.parameters(), 0.05), epochs=1, seed=5, progress=False)
     assert torch.equal(torch.cat(seen), torch.cat([x for x, _ in TorchLoader(pairs(), seed=3).epoch(0)]))
+
+
+def test_another_order_is_refused_when_a_run_is_resumed(tmp_path: Path) -> None:
+    net = network()
+    weight = next(net.parameters())
+    for number, (seed, refused) in enumerate([(3, False), (4, True), (None, True), (3, False)], start=1):
+        before, optimizer = weight.detach().clone(), torch.optim.SGD(net.parameters(), 0.05)
+        loader = TorchLoader(pairs(), seed=seed)
+        options: dict[str, Any] = {"run_dir": tmp_path, "resume": True, "progress": False}
+        if refused:
+            with pytest.raises(CheckpointError, match=r"begun with TorchLoader\(seed=3\)"):
+                fit(net, loader, pairs(20), optimizer=optimizer, epochs=number, **options)
+            assert torch.equal(weight, before)
+        else:
+            fit(net, loader, pairs(20), optimizer=optimizer, epochs=number, **options)
+        assert loader.seed == seed
+
+
+def test_loaders_of_a_kind_of_your_own() -> None:
+    class Doubled(TorchLoader):
+        def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+            for x, y in super().epoch(epoch, start):
+                read.append(epoch)
+                yield 2 * x, y
+
+    read: list[int] = []
+    net = network()
+    fit(net, Doubled(pairs()), pairs(20), optimizer=torch.optim.SGD(net.parameters(), 0.05), epochs=2, progress=False)
+    assert read == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_generators_that_cannot_be_replaced() -> None:
+    class Fixed(RandomOrder):
+        @property
+        def generator(self) -> None:
+            return None
+
+    class Lists(list):
+        def __iter__(self) -> Iterator[int]:
+            return iter(torch.randperm(60).tolist())
+
+    for sampler in (Fixed(), Lists(range(60))):
+        with pytest.raises(ValueError, match=f"the order of {type(sampler).__name__} cannot be repeated"):
+            TorchLoader(DataLoader(pairs().dataset, 8, sampler=sampler))
+
+
+class RandomOrder(Sampler[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(60).tolist())
+
+    def __len__(self) -> int:
+        return 60
 
 
 def test_orders_that_are_given() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,14 @@ class TorchLoader:
                 "__getitem__, or an object with __len__() and epoch(e, start=k) instead of the loader"
             )
         sampler = _order_of(loader)
-        known = isinstance(sampler, (RandomSampler, SequentialSampler, Sequence))
+        known = isinstance(sampler, (RandomSampler, SequentialSampler)) or type(sampler) in (list, tuple, range)
         if not known and not hasattr(sampler, "set_epoch") and not _has_generator(sampler):
             raise ValueError(
                 f"the order of {type(sampler).__name__} cannot be repeated when a run is resumed: use shuffle=True, or "
-                "a sampler with set_epoch(epoch) or an attribute generator (torch's, or None)"
+                "a sampler with set_epoch(epoch) or an attribute generator (torch's, or None), from which it draws"
             )
+        if loader.persistent_workers and not loader.in_order:
+            raise ValueError("persistent workers keep in_order=False, the order of the fastest one: use in_order=True")
         if len(loader) == 0:
             raise ValueError("the loader has no batches: use a smaller batch_size, or drop_last=False")
         self.loader, self.seed = loader, seed
@@ -59,9 +61,8 @@ class TorchLoader:
         replaced: list[tuple[Any, str, Any]] = [
             (loader, "generator", torch.Generator().manual_seed(int(workers >> 1))),
             (loader, "worker_init_fn", started),
+            (loader, "in_order", True),  # otherwise it is that of the fastest workers
         ]
-        if hasattr(loader, "in_order"):  # of torch 2.6; otherwise the order is that of the fastest workers
-            replaced.append((loader, "in_order", True))
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
         elif _has_generator(sampler):
@@ -83,6 +84,10 @@ def _order_of(loader: DataLoader[Any]) -> Any:
 
 
 def _has_generator(sampler: Any) -> bool:
+    """True for one that may be replaced."""
+    of_the_class = getattr(type(sampler), "generator", None)
+    if isinstance(of_the_class, property) and of_the_class.fset is None:
+        return False
     return isinstance(getattr(sampler, "generator", 0), (torch.Generator, type(None)))
 
 
