@@ -232,7 +232,7 @@ class FeedbackSNN(nn.Module):
         if returned != shapes[0]:
             raise ValueError(
                 f"the feedback's output {list(returned)} must have the shape of population 1, {list(shapes[0])}: "
-                "change its kernel, stride or padding"
+                f"change its kernel, stride or padding, or the size of the input, {list(input_shape)}"
             )
         return shapes
 

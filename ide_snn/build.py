@@ -121,6 +121,12 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
     One kernel per tensor ("fused") instead of one per operation.
     """
+    values = options(config.optimizer)
+    for name, value in values.items():
+        if not all(map(math.isfinite, value if isinstance(value, list) else [value])):
+            raise ConfigError(f"optimizer.{name} must be finite, got {value}")
+    if len(values.get("betas", (0, 0))) != 2:
+        raise ConfigError(f"optimizer.betas are two numbers, got {values['betas']}")
     return _build("optimizer", OPTIMIZERS, config.optimizer, params=model.parameters(), fused=True)
 
 

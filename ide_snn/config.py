@@ -49,7 +49,7 @@ from ide_snn.data import DataError
 from ide_snn.data.cache import Cache
 from ide_snn.distributed import RankError, environment_rank
 from ide_snn.progress import require_in_range
-from ide_snn.schemas import SCHEMAS, TOOLS, Config
+from ide_snn.schemas import SCHEMAS, TOOLS, Config, options
 
 __all__ = [
     "CONFIG_DIR",
@@ -84,6 +84,7 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 RESUME = ("none", "auto")
 # neither the shell nor Hydra sees anything special in it
 PLAIN_OVERRIDE = re.compile(r"[a-z_.]+=[\w/.+-]+", re.ASCII)
+OVERRIDE = re.compile(r"[~+]|[^-][^=]*=")
 # errors whose message is meant for the user
 EXPECTED = (HydraException, OmegaConfBaseException, ValueError, ArithmeticError, OSError, ImportError, RankError)
 # groups that configurations saved by version 0.1 lack; these members are what that version did
@@ -166,9 +167,17 @@ def check(config: Config) -> None:
     if config.resume not in RESUME:
         raise ConfigError(f"resume: there is no {config.resume!r}; choose one of {', '.join(RESUME)}")
     for group, members in SCHEMAS.items():
+        if group in members:  # a group with a single schema is not told apart by its members' names
+            continue
         section = getattr(config, group)
-        if group not in members and members.get(_label(group, section)) is not type(section):
+        label = _label(group, section)
+        if label not in members:
+            raise ConfigError(f"{group}: there is no {label!r}; choose one of {', '.join(members)}")
+        if members[label] is not type(section):
             raise ConfigError(f"{group}: choose a member of the group with {group}=..., not by its name")
+    leak = options(config.neuron)["leak"]
+    if config.neuron.name == "if" and leak != 1:
+        raise ConfigError(f"neuron: if has no leak, got neuron.leak={leak}; choose neuron=if or neuron=lif")
 
 
 def _label(group: str, section: Any) -> str:
@@ -260,8 +269,8 @@ def _folder_of_this_rank() -> Iterator[None]:
 
 def run_app(main: Callable[[], object]) -> None:
     """Run a function decorated by `hydra.main`; expected errors become one message and exit code 1."""
-    # argparse takes overrides on one side of a flag only: train.py neuron=if -m seed=0,1
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+    # argparse takes overrides on one side of the flags only: train.py neuron=if -m seed=0,1
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: bool(OVERRIDE.match(argument)))
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting
     try:

@@ -15,7 +15,17 @@ from tqdm import tqdm
 from ide_snn.distributed import Ranks
 from ide_snn.monitor import BlockMonitor, merged
 
-__all__ = ["Batch", "Evaluation", "Totals", "device_of", "evaluate", "run_evaluation", "show_bar"]
+__all__ = [
+    "Batch",
+    "Evaluation",
+    "Totals",
+    "device_of",
+    "evaluate",
+    "require_logits",
+    "require_pair",
+    "run_evaluation",
+    "show_bar",
+]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -55,6 +65,39 @@ class Totals:
         self.loss.fill_(state["loss"])
         self.correct.fill_(state["correct"])
         self.samples = state["samples"]
+
+
+def require_pair(x: Any, y: Any) -> None:
+    """Raises ValueError unless these are inputs and their labels, class indices [B]."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        raise ValueError(
+            f"batches must be pairs (x, y) of tensors, got ({type(x).__name__}, {type(y).__name__}): give a loader "
+            "that yields inputs and labels"
+        )
+    if y.dim() != 1 or y.dtype not in (torch.int64, torch.uint8):
+        raise ValueError(
+            f"labels must be class indices [B], int64, got {list(y.shape)}, {str(y.dtype).removeprefix('torch.')}: "
+            "use y.long(), y.squeeze(1), or y.argmax(1) for one-hot labels"
+        )
+
+
+def require_logits(logits: Any, y: Tensor, *, over_time: bool = False) -> None:
+    """Raises ValueError unless these are logits [B, classes] for the labels y [B], or of each step [T, B, classes].
+
+    Labels are compared with the number of classes where they lie on the CPU: elsewhere that would wait for the device.
+    """
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model must give logits [B, classes], got a {type(logits).__name__}")
+    shape = list(logits.shape)
+    if not (len(shape) == 2 or (over_time and len(shape) == 3)) or shape[-2] != len(y):
+        raise ValueError(f"the model must give logits [B, classes] for {len(y)} labels, got {shape}")
+    if len(y) and y.device.type == "cpu":
+        low, high = (int(bound) for bound in torch.aminmax(y))
+        if low < 0 or high >= shape[-1]:
+            raise ValueError(
+                f"labels must lie in [0, {shape[-1]}), the classes of the model, got {low} to {high}: leave samples "
+                "out that have no label"
+            )
 
 
 def evaluate(
@@ -98,14 +141,16 @@ def run_evaluation(
     try:
         with torch.no_grad(), BlockMonitor(model, firing_rates=True) as monitor:
             count = len(batches) if isinstance(batches, Sized) else None
-            for x, y in show_bar(_own(batches, ranks), title, progress, count):
-                if len(y):
-                    x, y = x.to(device), y.to(device)
+            for x, labels in show_bar(_own(batches, ranks), title, progress, count):
+                require_pair(x, labels)
+                if len(labels):
+                    x, y = x.to(device), labels.to(device)
                     if early_exit is None:
                         logits = model(x)
                     else:
                         logits, rates = model.exit_early(x, early_exit)  # type: ignore[operator]
                         steps += int(rates.steps.sum())
+                    require_logits(logits, labels)
                     totals.add(F.cross_entropy(logits, y), logits, y)
                     monitor.count(len(y))
                 if stop():

@@ -101,6 +101,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place at once.
 
     Whatever happens, `path` holds either its old content or all of the new one.
+
+    Raises:
+        OSError: it cannot be written, with `path` in the message.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -110,9 +113,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides a full disk
+        if isinstance(cause, OSError) and cause.errno and cause.filename is None:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
     if os.name == "posix":  # the new name survives a power cut only once the folder is on disk too
         folder = os.open(path.parent, os.O_RDONLY)

@@ -130,7 +130,7 @@ class PowerIteration(NormConstraint):
         self.converge(weight)
         self._start(weight)
         name, norm, excess = type(self).__name__, float(self.norm(weight)), self.excess(weight)
-        log.info("%s: norm %.6g, true/estimated - 1 = %.1e", name, norm, excess)
+        log.debug("%s: norm %.6g, true/estimated - 1 = %.1e", name, norm, excess)
 
     def _shape_of_v(self, weight: Tensor) -> tuple[int, ...]:
         raise NotImplementedError

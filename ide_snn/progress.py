@@ -11,6 +11,7 @@ from torch import nn
 
 from ide_snn.distributed import Ranks, Share
 from ide_snn.evaluation import Batch
+from ide_snn.optim import Schedule
 
 __all__ = [
     "Batches",
@@ -21,6 +22,7 @@ __all__ = [
     "describe",
     "random_state",
     "require_in_range",
+    "require_usable",
     "set_random_state",
 ]
 
@@ -124,6 +126,24 @@ def require_in_range(
         raise ValueError(f"{prefix}gradient_clip must be positive or null (None), got {gradient_clip}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"{prefix}label_smoothing must lie in [0, 1), got {label_smoothing}")
+
+
+def require_usable(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+    """Raises ValueError for what `fit` could not train with, or would train nothing with."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS needs the loss several times per step, which fit does not offer: use another optimizer")
+    if not (callable(schedule) and hasattr(schedule, "depends_on_epochs")):
+        raise ValueError(
+            f"schedule must be an ide_snn.optim.Schedule, a factor at (step, epoch), got a {type(schedule).__name__}: "
+            "use StepSchedule, CosineSchedule or a subclass of your own; schedulers of torch change the optimizer"
+        )
+    own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if own and not own & given:
+        raise ValueError(
+            "the optimizer has no parameter of the model, so nothing would be trained: make it of model.parameters(), "
+            "after the model was built, copied or moved"
+        )
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor | None]:

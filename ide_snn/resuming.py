@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ide_snn.checkpoint import Checkpoint, CheckpointError, alike, config_differences, flatten, plain
 from ide_snn.data_record import data_differences
 from ide_snn.distributed import Ranks
 from ide_snn.evaluation import Totals
-from ide_snn.monitor import BlockMonitor, GradientNorms, merged
+from ide_snn.monitor import BlockMonitor, GradientNorms, feedback_blocks, merged
 from ide_snn.optim import Schedule
 from ide_snn.progress import random_state, set_random_state
 
-__all__ = ["CHANGEABLE", "TrainingState", "optimizer_options", "refuse_changes"]
+__all__ = ["CHANGEABLE", "TrainingState", "optimizer_options", "refuse_changes", "settings_of"]
 
 # Options that may change when a run is resumed: they do not change what is computed, but for rounding.
 CHANGEABLE = (
@@ -74,12 +75,14 @@ class TrainingState:
 
     Attributes:
         options: of the optimizer as this part of the run was begun, see `optimizer_options`.
+        settings: of the network and its data, see `settings_of`.
         seed: of the dropout masks, and of the order of batches where that is drawn here.
         order: the seed of that order where it is the loader's own.
     """
 
     optimizer: torch.optim.Optimizer
     options: list[dict[str, Any]]
+    settings: dict[str, Any]
     totals: Totals
     monitor: BlockMonitor
     gradients: GradientNorms
@@ -103,6 +106,7 @@ class TrainingState:
         state = {
             "optimizer_kind": type(self.optimizer).__name__,
             "optimizer_options": self.options,
+            "settings": self.settings,
             "optimizer": self.optimizer.state_dict(),
             "totals": merged([part["totals"] for part in every]),
             "monitor": merged([part["monitor"] for part in every]),
@@ -133,6 +137,22 @@ class TrainingState:
             self.totals.load_state_dict(own["totals"])
             self.monitor.load_state_dict(own["monitor"])
             set_random_state(own["random"], self.device)
+
+    def refuse_other_settings(self, checkpoint: Checkpoint) -> None:
+        """Raises CheckpointError where the network computes something else, or an epoch has other batches.
+
+        Of settings that only one of the two has, versions may be the reason; version 0.1 saved none.
+        """
+        saved = (checkpoint.training or {}).get("settings", {})
+        before, now = flatten(saved), flatten(self.settings)
+        changes = [
+            f"{key}: {before[key]} -> {now[key]}" for key in before if key in now and not alike(before[key], now[key])
+        ]
+        if changes:
+            raise CheckpointError(
+                f"{checkpoint.path} belongs to a run with other settings, so it cannot be resumed: "
+                f"{'; '.join(changes)} (saved -> now). Set these back, or train in another folder"
+            )
 
     def refuse_another_order(self, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError if the loader brings another seed than the run was begun with.
@@ -165,11 +185,11 @@ class TrainingState:
                 f"{len(self.options)}"
             )
         for number, (group, mine) in enumerate(zip(saved, self.optimizer.param_groups, strict=True)):
-            before, now = len(group["params"]), len(mine["params"])
-            if before != now:
+            count, own = len(group["params"]), len(mine["params"])
+            if count != own:
                 raise CheckpointError(
-                    f"{path} has {before} parameters in group {number} of its optimizer, so it cannot be resumed with "
-                    f"{now}"
+                    f"{path} has {count} parameters in group {number} of its optimizer, so it cannot be resumed with "
+                    f"{own}"
                 )
         begun = state.get("optimizer_options", self.options)
         changes = [
@@ -183,6 +203,25 @@ class TrainingState:
                 f"{path} was begun with another optimizer, so it cannot be resumed: {'; '.join(changes)} (saved -> "
                 "now). Set these options back, or train in another folder"
             )
+
+
+def settings_of(model: nn.Module, train: Sized) -> dict[str, Any]:
+    """What the feedback blocks of `model` compute besides their weights, and the number of batches in an epoch."""
+    names = ("neuron", "time_steps", "solver", "gradient", "input_has_time")
+    blocks = {
+        f"{prefix}{name}": _described(getattr(block, name))
+        for prefix, block in feedback_blocks(model).items()
+        for name in names
+    }
+    return {"batches": len(train), **blocks}
+
+
+def _described(value: Any) -> Any:
+    """The fields of a dataclass, numbers and words as they are; of anything else its class."""
+    if is_dataclass(value):
+        own = {field.name: _described(getattr(value, field.name)) for field in fields(value)}
+        return {"kind": type(value).__name__, **own}
+    return plain(value, "setting") if _is_simple(value) else {"kind": type(value).__name__}
 
 
 def optimizer_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from ide_snn.distributed import Ranks
 from ide_snn.evaluation import Batch, Evaluation, evaluate
 from ide_snn.files import sole_writer
 from ide_snn.optim import ConstantSchedule, Schedule
-from ide_snn.progress import Batches, FitResult, NonFiniteLossError, require_in_range
+from ide_snn.progress import Batches, FitResult, NonFiniteLossError, require_in_range, require_usable
 from ide_snn.training_run import TrainingRun
 
 __all__ = ["Batches", "Evaluation", "FitResult", "NonFiniteLossError", "evaluate", "fit"]
@@ -85,7 +85,8 @@ def fit(
             change the computation (and `trainer.epochs`, which may grow if the schedule does not depend on it).
         upgrade: brings a saved config of an older version into the present form before it is compared.
         data: what else should be known about the data, saved in the checkpoints; plain containers. A resumed run must
-            not be told otherwise.
+            not be told otherwise. That neurons, time steps, solvers and gradients of feedback blocks, the optimizer
+            and the number of batches are the same is seen to in any case.
         begun: called by rank 0 before the first step of this call, with True where a run is continued; `run_dir` is
             this process's then.
         log_every: optimiser steps between looks at the running loss, each of which waits for the device.
@@ -98,7 +99,8 @@ def fit(
         NonFiniteLossError: the loss or a weight became NaN or infinite; last.pt is the last good state.
         CheckpointError: the checkpoint to resume from is damaged, of another model, config or data.
         FileExistsError: `run_dir` holds a run and `resume` is not set, or another process is training in it.
-        ValueError: an argument is out of range, or the batches cannot be divided among the processes.
+        ValueError: an argument is out of range or does not fit the model, batches are not pairs of inputs and class
+            indices, the model does not give logits, or the batches cannot be divided among the processes.
         RankLostError, RankError: another process has ended, or has other weights.
     """
     require_in_range(
@@ -108,13 +110,15 @@ def fit(
         gradient_clip=gradient_clip,
         label_smoothing=label_smoothing,
     )
+    schedule = schedule or ConstantSchedule()
+    require_usable(model, optimizer, schedule)
     run = TrainingRun(
         model=model,
         train=as_batches(train),
         test=test,
         optimizer=optimizer,
         epochs=epochs,
-        schedule=schedule or ConstantSchedule(),
+        schedule=schedule,
         validation=validation,
         accumulation=accumulation,
         gradient_clip=gradient_clip,

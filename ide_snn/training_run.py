@@ -22,7 +22,7 @@ from ide_snn.checkpoint import Checkpoint, CheckpointError, load_checkpoint, loa
 from ide_snn.data.torch_loader import TorchLoader
 from ide_snn.distributed import Ranks, Share
 from ide_snn.dropout import DropoutStream
-from ide_snn.evaluation import Batch, Totals, device_of, run_evaluation, show_bar
+from ide_snn.evaluation import Batch, Totals, device_of, require_logits, require_pair, run_evaluation, show_bar
 from ide_snn.interrupt import StopRequest
 from ide_snn.monitor import (
     BlockMonitor,
@@ -46,7 +46,7 @@ from ide_snn.progress import (
 )
 from ide_snn.replicas import Replicas, with_shares
 from ide_snn.reporting import RunLog, write_csv
-from ide_snn.resuming import TrainingState, optimizer_options, own_random, refuse_changes
+from ide_snn.resuming import TrainingState, optimizer_options, own_random, refuse_changes, settings_of
 from ide_snn.solvers import SolverWarning
 
 __all__ = ["TrainingRun"]
@@ -98,6 +98,7 @@ class TrainingRun:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.options = optimizer_options(self.optimizer)
         self.order = self.train.seed if isinstance(self.train, TorchLoader) else None
+        self.settings = settings_of(self.model, self.train)
 
     def run(self, resume: bool) -> FitResult:
         if self.run_dir is not None:  # what could not be saved is said before anything is trained
@@ -199,10 +200,11 @@ class TrainingRun:
         self.optimizer.zero_grad(set_to_none=True)
         self.masks.begin(self.progress.step)
         for (x, y), share in group:
-            x, y = x.to(self.device), y.to(self.device)
+            require_pair(x, y)
             self.masks.serve(share)
-            logits = self.model(x)
-            targets = y
+            logits = self.model(x.to(self.device))
+            require_logits(logits, y, over_time=True)
+            targets = y = y.to(self.device)
             if logits.dim() == 3:
                 targets = y.expand(len(logits), -1).flatten()
             loss = F.cross_entropy(logits.flatten(0, -2), targets, label_smoothing=self.label_smoothing)
@@ -350,7 +352,7 @@ class TrainingRun:
     def _state(self) -> TrainingState:
         counted = self.totals, self.monitor, self.gradients
         return TrainingState(
-            self.optimizer, self.options, *counted, self.mask_seed, self.order, self.device, self.ranks
+            self.optimizer, self.options, self.settings, *counted, self.mask_seed, self.order, self.device, self.ranks
         )
 
     def _resume_or_refuse(self, resume: bool) -> bool:
@@ -379,6 +381,7 @@ class TrainingRun:
         state = self._state()
         state.refuse_another_optimizer(checkpoint)  # before anything is changed
         state.refuse_another_order(checkpoint)
+        state.refuse_other_settings(checkpoint)
         load_weights(self.model, checkpoint)
         self.progress = Progress(**checkpoint.progress)
         state.restore(checkpoint.training)

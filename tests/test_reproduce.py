@@ -253,7 +253,7 @@ def test_names_and_patterns(asked: Any, expected: list[str]) -> None:
         ({"overrides": ["trainer.epoch=1"]}, ["trainer.epoch", "trainer.epochs"]),
         ({"launcher": "slurm"}, ["slurm", "serial, joblib, submitit"]),
         ({"experiments": ["mnist_f400_*"]}, ["mnist_f400_if, mnist_f400_lif", "Set data_dir="]),
-        ({"experiments": ["nmnist_f64c5_if"]}, ["need data: nmnist_f64c5_if", "Set data_dir="]),
+        ({"experiments": ["nmnist_f64c5_if"], "overrides": []}, ["need data: nmnist_f64c5_if", "Set data_dir="]),
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(tmp_path: Path, options: dict[str, Any], parts: list[str]) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ide_snn import Bptt, Implicit, SNNIDEFCNet
@@ -161,6 +161,7 @@ def test_other_numbers_of_processes_go_on_with_the_same_norms() -> None:
         own = TrainingState(
             optimizer,
             optimizer_options(optimizer),
+            {},
             Totals(device),
             BlockMonitor(model),
             gradients,

@@ -296,20 +296,34 @@ def test_workers_that_end_in_the_midst_of_a_step(tmp_path: Path, order: str) -> 
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt").progress["step"] == 5
 
 
-def test_a_worker_that_ends_by_itself_is_an_error() -> None:
-    class Ending(TensorDataset):
-        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-            if index == 20:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().__getitem__(index)
+ENDING_BY_ITSELF = """
+import os, signal, subprocess, sys
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, get_worker_info
+from ide_snn.training import fit
 
-    before = signal.getsignal(signal.SIGCHLD)
-    net, loader = network(), DataLoader(Ending(*pairs().dataset.tensors), 4, num_workers=1)
-    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
-        fit(net, loader, [], optimizer=torch.optim.SGD(net.parameters(), 0.05), epochs=1, progress=False)
-    after = signal.getsignal(signal.SIGCHLD)
-    assert after is before or after.__module__.startswith("torch.")
-    subprocess.run([sys.executable, "-c", ""], check=True)  # the end of which torch would take for the worker's
+class Ending(TensorDataset):
+    def __getitem__(self, index):
+        if index == 20 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+net = nn.Linear(4, 3)
+data = DataLoader(Ending(torch.randn(64, 4), torch.arange(64) % 3), 4, num_workers=1)
+try:
+    fit(net, data, [], optimizer=torch.optim.SGD(net.parameters(), 0.1), epochs=1, progress=False)
+except RuntimeError as error:
+    kept = error
+    print(str(error).startswith("DataLoader worker (pid"))
+subprocess.run([sys.executable, "-c", ""], check=True)  # the end of which torch would take for the worker's
+print(signal.getsignal(signal.SIGCHLD).__module__)
+"""
+
+
+def test_a_worker_that_ends_by_itself_is_an_error() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDING_BY_ITSELF], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "torch.utils.data._utils.signal_handling"], done.stderr
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ConnectionResetError, EOFError])
@@ -347,7 +361,7 @@ def test_an_error_that_is_kept_keeps_nothing_of_the_loader() -> None:
         def forward(self, x: Tensor) -> Tensor:  # noqa: ARG002
             raise KeyError("of the model")
 
-    net, loader = Failing(1, 3), DataLoader(TensorDataset(torch.zeros(4, 1), torch.zeros(4)), 2, worker_init_fn=print)
+    net, loader = Failing(1, 3), DataLoader(TensorDataset(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64)), 2, worker_init_fn=print)
     with pytest.raises(KeyError, match="of the model") as kept:
         fit(net, loader, pairs(20), optimizer=torch.optim.SGD(net.parameters(), 0.05), epochs=1, progress=False)
     assert kept.tb is not None
