@@ -208,6 +208,9 @@ def test_a_mistake_is_one_error_with_the_valid_names(override: str, parts: list[
         ("model.dropout=1", ["model", "dropout"]),
         ("gradient.jacobian_bn=runing", ["jacobian_bn", "running", "batch"]),
         ("dataset.input_shape=[2,-1]", ["dataset.input_shape"]),
+        ("neuron.name=if", ["neuron", "leak=0.95", "choose neuron=if"]),
+        ("dataset.name=mine", ["dataset", "there is no 'mine'", "fashion_mnist"]),
+        ("dataset.name=mnist", ["choose a member of the group with dataset=..."]),
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_group(override: str, parts: list[str]) -> None:
@@ -217,6 +220,14 @@ def test_a_value_out_of_range_is_named_with_its_group(override: str, parts: list
 
 
 def test_other_builders_name_their_group_too() -> None:
+    for override, message in {
+        "optimizer.lr=nan": r"optimizer.lr must be finite, got nan",
+        "optimizer.weight_decay=inf": r"optimizer.weight_decay must be finite",
+        "optimizer=adam optimizer.betas=[0.9]": r"optimizer.betas are two numbers, got \[0.9\]",
+        "optimizer=adamw optimizer.betas=[0.9,nan]": r"optimizer.betas must be finite",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            build_optimizer(load_config(override.split()), torch.nn.Linear(1, 1))
     config = load_config(["optimizer.lr=-1", "schedule=step", "schedule.milestones=[0]"])
     with pytest.raises(ConfigError, match=r"optimizer: .*-1"):
         build_optimizer(config, torch.nn.Linear(1, 1))
