@@ -134,6 +134,7 @@ def to_config(raw: DictConfig, kind: type[T]) -> T:
     """The typed form of a composed configuration; Raises ConfigError as `load_config`."""
     with one_error():
         refuse_added_keys(raw, "")
+        _refuse_one_output_of_many(raw)
         missing = OmegaConf.missing_keys(raw)
         if missing:
             raise ConfigError(f"required: {', '.join(f'{key}=...' for key in sorted(missing))}")
@@ -143,6 +144,16 @@ def to_config(raw: DictConfig, kind: type[T]) -> T:
     if isinstance(config, Config):
         check(config)
     return config
+
+
+def _refuse_one_output_of_many(raw: DictConfig) -> None:
+    """The jobs of a sweep would overwrite each other's output."""
+    is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if is_sweep and not OmegaConf.is_interpolation(raw, "output") and raw.get("output") is not None:
+        raise ConfigError(
+            f"output={raw.output} would hold the last job of the sweep only: give each its own, "
+            "'output=figures_${hydra:job.num}.json'"
+        )
 
 
 def check(config: Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Evaluation:
     """Accuracy as a fraction, mean cross entropy, mean spikes per neuron and step of each population.
 
     With early exit the last are of the steps that each sample took; `mean_steps` is their mean, else None.
+    `confusion[label][answer]` counts the samples.
     """
 
     accuracy: float
@@ -42,6 +43,12 @@ class Evaluation:
     firing_rate: dict[str, float]
     samples: int
     mean_steps: float | None = None
+    confusion: list[list[int]] = field(default_factory=list)
+
+    @property
+    def class_accuracy(self) -> list[float | None]:
+        """Of the samples of each class; None for a class without any."""
+        return [row[label] / sum(row) if any(row) else None for label, row in enumerate(self.confusion)]
 
 
 class Totals:
@@ -135,7 +142,7 @@ def run_evaluation(
     if early_exit is not None and not hasattr(model, "exit_early"):
         raise ValueError(f"a {type(model).__name__} has no early exit: only networks with one feedback block have")
     device = device_of(model)
-    totals, steps = Totals(device), 0
+    totals, steps, confusion = Totals(device), 0, _Confusion()
     was_training = model.training
     model.eval()
     try:
@@ -152,6 +159,7 @@ def run_evaluation(
                         steps += int(rates.steps.sum())
                     require_logits(logits, labels)
                     totals.add(F.cross_entropy(logits, y), logits, y)
+                    confusion.add(logits, y)
                     monitor.count(len(y))
                 if stop():
                     return None
@@ -165,7 +173,27 @@ def run_evaluation(
         )
     mean_steps = None if early_exit is None else sum(ranks.gather(steps)) / samples
     firing_rate = monitor.firing_rate(ranks)
-    return Evaluation(sums["correct"] / samples, sums["loss"] / samples, firing_rate, samples, mean_steps)
+    figures = sums["correct"] / samples, sums["loss"] / samples, firing_rate, samples, mean_steps
+    return Evaluation(*figures, confusion.of_all(ranks))
+
+
+class _Confusion:
+    """Counts of (label, answer), on the device."""
+
+    def __init__(self) -> None:
+        self.counts: Tensor | None = None  # [classes, classes]
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        classes = logits.shape[1]
+        if self.counts is None:
+            self.counts = labels.new_zeros(classes, classes, dtype=torch.int64)
+        cells = labels.long() * classes + logits.argmax(1)
+        self.counts.view(-1).scatter_add_(0, cells, torch.ones_like(cells))
+
+    def of_all(self, ranks: Ranks) -> list[list[int]]:
+        every = ranks.gather(None if self.counts is None else self.counts.cpu())
+        counted = [counts for counts in every if counts is not None]  # some ranks may have had no sample
+        return torch.stack(counted).sum(0).tolist()
 
 
 def _own(batches: Iterable[Batch], ranks: Ranks) -> Iterator[Batch]:

@@ -259,7 +259,8 @@ def model_from_checkpoint(
 def evaluate_checkpoint(request: EvaluateConfig) -> dict[str, Any]:
     """Accuracy, loss and firing rates on the test set of the data the checkpoint was trained on; prints JSON.
 
-    With early exit also the mean number of steps that a sample took.
+    With early exit also the mean number of steps that a sample took. `output` gets the accuracy of each class and the
+    confusion matrix, too: rows are labels, columns answers.
 
     Several processes (torchrun) share the work; rank 0 prints.
     """
@@ -281,7 +282,9 @@ def _evaluate_checkpoint(request: EvaluateConfig, ranks: Ranks) -> dict[str, Any
         config = replace(config, trainer=trainer)
     test = build_loaders(config, dataset, next(model.parameters()).device).test
     options: dict[str, Any] = {"early_exit": request.early_exit, "ranks": ranks}
-    figures = asdict(evaluate(model, test, progress=None if ranks.is_first else False, **options))
+    found = evaluate(model, test, progress=None if ranks.is_first else False, **options)
+    figures = asdict(found)
+    confusion = figures.pop("confusion")
     if request.early_exit is None:
         del figures["mean_steps"]
     report = {
@@ -296,7 +299,8 @@ def _evaluate_checkpoint(request: EvaluateConfig, ranks: Ranks) -> dict[str, Any
         return report
     print(json.dumps(report, indent=2))
     if request.output is not None:
-        write_json(Path(request.output), report)
+        classes = {"class_accuracy": found.class_accuracy, "confusion": confusion}
+        write_json(Path(request.output), {**report, **classes})
     return report
 
 

@@ -178,8 +178,36 @@ def test_evaluate_prints_what_training_measured(trained: Path, tmp_path: Path) -
     assert report["accuracy"] == result["test_accuracy_last"]
     assert report["loss"] == pytest.approx(result["test_loss"], rel=1e-6)
     assert (report["time_steps"], report["samples"]) == (3, 360)
-    assert json.loads((tmp_path / "figures.json").read_text()) == report
+    written = json.loads((tmp_path / "figures.json").read_text())
+    confusion = torch.tensor(written.pop("confusion"))
+    assert written.pop("class_accuracy") == pytest.approx((confusion.diag() / confusion.sum(1)).tolist())
+    assert int(confusion.sum()) == 360
+    assert int(confusion.diag().sum()) == round(report["accuracy"] * 360)
+    assert written == report
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_a_sweep_does_not_overwrite_its_output(trained: Path, tmp_path: Path) -> None:
+    options = [f"checkpoint={trained / 'checkpoints' / 'last.pt'}", "device=cpu", "time_steps=2,3", "-m"]
+    refused = call("evaluate", *options, "output=figures.json", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "output=figures.json would hold the last job" in refused.stderr
+    done = call("evaluate", *options, "output=figures_${hydra:job.num}.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = [json.loads((tmp_path / f"figures_{job}.json").read_text()) for job in (0, 1)]
+    assert [figures["time_steps"] for figures in written] == [2, 3]
+
+
+@pytest.mark.parametrize("where", [0, 1, 3])
+def test_flags_between_overrides(tmp_path: Path, where: int) -> None:
+    """Wherever Hydra's own flags stand, with their values."""
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "small.yaml").write_text("# @package _global_\ntime_steps: 4\n")
+    overrides = ["seed=7", "experiment=small", "trainer.epochs=2"]
+    arguments = [*overrides[:where], "--config-dir", "mine", "--cfg", "job", *overrides[where:]]
+    shown = call("train", *arguments, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert {"time_steps: 4", "seed: 7", "  epochs: 2"} <= set(shown.stdout.splitlines())
 
 
 def evaluation(checkpoint: Path, **options: object) -> EvaluateConfig:

@@ -362,7 +362,8 @@ def test_an_error_that_is_kept_keeps_nothing_of_the_loader() -> None:
         def forward(self, x: Tensor) -> Tensor:  # noqa: ARG002
             raise KeyError("of the model")
 
-    net, loader = Failing(1, 3), DataLoader(TensorDataset(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64)), 2, worker_init_fn=print)
+    data = TensorDataset(torch.zeros(4, 1), torch.zeros(4).long())
+    net, loader = Failing(1, 3), DataLoader(data, 2, worker_init_fn=print)
     with pytest.raises(KeyError, match="of the model") as kept:
         fit(net, loader, pairs(20), optimizer=torch.optim.SGD(net.parameters(), 0.05), epochs=1, progress=False)
     assert kept.tb is not None
