@@ -149,7 +149,7 @@ def to_config(raw: DictConfig, kind: type[T]) -> T:
 def _refuse_one_output_of_many(raw: DictConfig) -> None:
     """The jobs of a sweep would overwrite each other's output."""
     is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if is_sweep and not OmegaConf.is_interpolation(raw, "output") and raw.get("output") is not None:
+    if is_sweep and raw.get("output") is not None and not OmegaConf.is_interpolation(raw, "output"):
         raise ConfigError(
             f"output={raw.output} would hold the last job of the sweep only: give each its own, "
             "'output=figures_${hydra:job.num}.json'"
