@@ -49,7 +49,7 @@ from ide_snn.data import DataError
 from ide_snn.data.cache import Cache
 from ide_snn.distributed import RankError, environment_rank
 from ide_snn.progress import require_in_range
-from ide_snn.schemas import SCHEMAS, TOOLS, Config, options
+from ide_snn.schemas import SCHEMAS, TOOLS, Config
 
 __all__ = [
     "CONFIG_DIR",
@@ -186,9 +186,6 @@ def check(config: Config) -> None:
             raise ConfigError(f"{group}: there is no {label!r}; choose one of {', '.join(members)}")
         if members[label] is not type(section):
             raise ConfigError(f"{group}: choose a member of the group with {group}=..., not by its name")
-    leak = options(config.neuron)["leak"]
-    if config.neuron.name == "if" and leak != 1:
-        raise ConfigError(f"neuron: if has no leak, got neuron.leak={leak}; choose neuron=if or neuron=lif")
 
 
 def _label(group: str, section: Any) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 __all__ = ["StopRequest"]
 
+WAIT = 1.0  # seconds for a worker whose connection has been closed to end
 TORCH_HANDLER = "torch.utils.data._utils.signal_handling"  # where what it sets for SIGCHLD is defined
 
 
@@ -37,9 +39,8 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         held_back = self._previous.get(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        if held_back is not None:  # or the end of another process would be blamed on these workers, wherever that is
-            with contextlib.suppress(RuntimeError):  # raised where a batch was asked for, or no batch was needed
-                held_back(signal.SIGCHLD, None)
+        if held_back is not None:
+            _settle(held_back, wait=isinstance(error, (OSError, EOFError)))
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
@@ -59,3 +60,19 @@ class StopRequest:
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
+
+
+def _settle(handler: Callable[[int, None], object], wait: bool) -> None:
+    """Tell torch of workers that have ended, without its error: that was raised where a batch was asked for.
+
+    Otherwise it would be raised when any other process ends, wherever the main thread is then.
+    """
+    until = time.monotonic() + (WAIT if wait else 0.0)
+    while True:
+        try:
+            handler(signal.SIGCHLD, None)
+        except RuntimeError:
+            return
+        if time.monotonic() >= until:
+            return
+        time.sleep(0.01)

@@ -208,7 +208,6 @@ def test_a_mistake_is_one_error_with_the_valid_names(override: str, parts: list[
         ("model.dropout=1", ["model", "dropout"]),
         ("gradient.jacobian_bn=runing", ["jacobian_bn", "running", "batch"]),
         ("dataset.input_shape=[2,-1]", ["dataset.input_shape"]),
-        ("neuron.name=if", ["neuron", "leak=0.95", "choose neuron=if"]),
         ("dataset.name=mine", ["dataset", "there is no 'mine'", "fashion_mnist"]),
         ("dataset.name=mnist", ["choose a member of the group with dataset=..."]),
     ],
