@@ -35,8 +35,8 @@ from ide_snn.schemas import (
     EventDatasetConfig,
     FCModelConfig,
     ImageDatasetConfig,
-    ImageFolderDatasetConfig,
     MultiLayerModelConfig,
+    OwnImagesConfig,
     TrainerConfig,
     options,
 )
@@ -209,7 +209,7 @@ def build_dataset(config: Config) -> Dataset:
     shape, classes = tuple(section.pop("input_shape")), section.pop("num_classes")
     if isinstance(config.dataset, ImageDatasetConfig):
         del section["crop_padding"], section["flip"]  # for the loader
-    if isinstance(config.dataset, ImageFolderDatasetConfig):
+    if isinstance(config.dataset, OwnImagesConfig):
         section["channels"] = shape[0]
     if isinstance(config.dataset, EventDatasetConfig):
         section["time_steps"] = config.time_steps

@@ -34,7 +34,7 @@ from ide_snn.report.collect import BrokenRunError, read_json
 from ide_snn.report.lines import compare
 from ide_snn.reporting import warnings_and_errors_in_log_files, write_json
 from ide_snn.run import train
-from ide_snn.schemas import Config, DownloadDatasetConfig, EventDatasetConfig, ReproduceConfig
+from ide_snn.schemas import Config, DownloadDatasetConfig, NMnistDatasetConfig, ReproduceConfig
 
 __all__ = ["Job", "Outcome", "State", "attempt", "choose_experiments", "inspect", "plan", "reproduce"]
 
@@ -278,7 +278,7 @@ def _summary(jobs: Sequence[Job], outcomes: dict[Path, Outcome], *, skipped: int
 
 
 def _require_data_dir(jobs: Sequence[Job]) -> None:
-    from_files = (DownloadDatasetConfig, EventDatasetConfig)
+    from_files = (DownloadDatasetConfig, NMnistDatasetConfig)
     lacking = [j.experiment for j in jobs if isinstance(j.config.dataset, from_files) and j.config.data_dir is None]
     if lacking and len(lacking) == len(jobs):  # otherwise the others run, and these are named at the end
         names = ", ".join(dict.fromkeys(lacking))

@@ -32,7 +32,10 @@ __all__ = [
     "ImageFolderDatasetConfig",
     "ModelConfig",
     "MultiLayerModelConfig",
+    "NMnistDatasetConfig",
     "NamedConfig",
+    "NpzEventsDatasetConfig",
+    "OwnImagesConfig",
     "PredictConfig",
     "ReportConfig",
     "ReproduceConfig",
@@ -114,18 +117,37 @@ class CifarDatasetConfig(DownloadDatasetConfig):
 
 
 @dataclass(slots=True, kw_only=True)
-class ImageFolderDatasetConfig(ImageDatasetConfig):
-    """train/<class>/*, test/<class>/* in a folder or archive; converted to the channels of `input_shape`."""
+class OwnImagesConfig(ImageDatasetConfig):
+    """Images of one's own, with the channels of `input_shape`."""
 
     path: str
-    image_size: list[int] | None
     title: str | None
+
+
+@dataclass(slots=True, kw_only=True)
+class ImageFolderDatasetConfig(OwnImagesConfig):
+    """train/<class>/*, test/<class>/* in a folder or archive."""
+
+    image_size: list[int] | None
     cache: str
 
 
 @dataclass(slots=True, kw_only=True)
 class EventDatasetConfig(DatasetConfig):
-    """Event recordings: the top-level `time_steps` frames of equal length over `duration_ms`, `binary` or `counts`."""
+    """Event recordings: the top-level `time_steps` says how many frames."""
+
+
+@dataclass(slots=True, kw_only=True)
+class NpzEventsDatasetConfig(EventDatasetConfig):
+    """Frames of one's own."""
+
+    path: str
+    title: str | None
+
+
+@dataclass(slots=True, kw_only=True)
+class NMnistDatasetConfig(EventDatasetConfig):
+    """Frames of equal length over `duration_ms`, `binary` or `counts`."""
 
     frames: str
     duration_ms: int
@@ -339,7 +361,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "cifar10": CifarDatasetConfig,
         "cifar100": CifarDatasetConfig,
         "image_folder": ImageFolderDatasetConfig,
-        "nmnist": EventDatasetConfig,
+        "npz": OwnImagesConfig,
+        "nmnist": NMnistDatasetConfig,
+        "npz_events": NpzEventsDatasetConfig,
     },
     "model": {"fc": FCModelConfig, "conv": ConvModelConfig, "multilayer": MultiLayerModelConfig},
     "neuron": {"neuron": _mirror(NeuronParams)},

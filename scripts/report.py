@@ -1,4 +1,4 @@
-"""Our runs beside the paper, as report.html, report.md and runs.csv.
+"""Our runs beside the paper, as report.html, report.md and tables in CSV and LaTeX.
 
 python scripts/report.py runs=runs/paper output=report
 """

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ide_snn.files import DataError
 
-__all__ = ["Member", "list_folder", "members"]
+__all__ = ["Member", "list_folder", "locate", "members"]
 
 LARGEST_FILE = 1 << 28  # bytes; no file of a data set held in memory is as large, so it is a mistake or an attack
 _DAMAGE = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, RuntimeError)
@@ -48,6 +48,22 @@ def members(path: Path) -> Iterator[Member]:
             raise DataError(f"{path} is damaged, or neither a tar nor a zip file")
     except _DAMAGE as error:
         raise DataError(f"{path} is damaged or cannot be read ({type(error).__name__}: {error})") from error
+
+
+def locate(path: str, data_dir: Path | None, layout: str) -> Path:
+    """The folder or file at `path`, which is absolute or relative to `data_dir`.
+
+    Raises:
+        DataError: there is none; `layout` says what is wanted in it.
+    """
+    source = Path(path).expanduser()
+    if not source.is_absolute():
+        if data_dir is None:
+            raise DataError(f"path={path} is relative to data_dir, but no data_dir was given")
+        source = data_dir.expanduser() / source
+    if not source.exists():
+        raise DataError(f"there is no folder or file {source}; {layout}; choose it with dataset.path=...")
+    return source
 
 
 def list_folder(path: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ide_snn.data.archive import list_folder, members
+from ide_snn.data.archive import list_folder, locate, members
 from ide_snn.data.base import Dataset, Normalization
 from ide_snn.data.cache import Arrays, Cache
 from ide_snn.data.image import fit_pixels, read_picture
@@ -53,13 +53,7 @@ def load_image_folder(
     """
     if image_size is not None and (len(image_size) != 2 or min(image_size) < 1):
         raise DataError(f"image_size must be [height, width], each at least 1; got {list(image_size)}")
-    source = Path(path).expanduser()
-    if not source.is_absolute():
-        if data_dir is None:
-            raise DataError(f"path={path} is relative to data_dir, but no data_dir was given")
-        source = data_dir.expanduser() / source
-    if not source.exists():
-        raise DataError(f"there is no folder or file {source}; {LAYOUT}; choose it with dataset.path=...")
+    source = locate(path, data_dir, LAYOUT)
     size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
     arrays = Cache(cache, data_dir).load(
         "images",

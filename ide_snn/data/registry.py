@@ -16,6 +16,7 @@ from ide_snn.data.digits import load_digits
 from ide_snn.data.image_folder import load_image_folder
 from ide_snn.data.mnist import load_fashion_mnist, load_mnist
 from ide_snn.data.nmnist import load_nmnist
+from ide_snn.data.npz import load_npz, load_npz_events
 from ide_snn.data.splits import EventSplit, Split
 from ide_snn.files import DataError
 
@@ -28,6 +29,8 @@ DATASETS: Mapping[str, Callable[..., Dataset]] = {
     "cifar100": load_cifar100,
     "nmnist": load_nmnist,
     "image_folder": load_image_folder,
+    "npz": load_npz,
+    "npz_events": load_npz_events,
 }
 
 
@@ -53,7 +56,8 @@ def load_dataset(
         data_dir: the folder that holds MNIST/raw, FashionMNIST/raw, NMNIST, ...; not needed for digits.
         mean, std: replace the data set's own normalisation; one value per channel, after the division by its
             input_scale; not for events.
-        validation_size: number of training samples to set apart; 0 gives `validation=None`.
+        validation_size: number of training samples to set apart; 0 gives `validation=None`, unless the data have a
+            validation part of their own.
         split_seed: selects which samples the validation split and the limits take.
         train_limit, test_limit: use this many samples only; `train_limit` counts what validation leaves.
         options: what only this data set takes, see its function in `DATASETS`.
@@ -69,8 +73,10 @@ def load_dataset(
     _check_options(name, load, options)
     dataset = load(None if data_dir is None else Path(data_dir).expanduser(), **options)
     normalization = _replaced(dataset, mean, std)
-    train, validation = dataset.train, None
+    train, validation = dataset.train, dataset.validation
     if validation_size != 0:
+        if validation is not None:
+            raise DataError(f"validation_size must be 0: {dataset.title} has a validation part of its own")
         _check_size("validation_size", validation_size, 0, len(train) - 1)
         train, validation = _take_part(train, validation_size, split_seed)
     if train_limit is not None:

@@ -1,4 +1,4 @@
-"""From run folders to report.md, report.html, runs.csv and figures: our runs beside the paper's results.
+"""From run folders to report.md, report.html, tables and figures: our runs beside the paper's results.
 
 write_report("runs/paper", "report")
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ide_snn.files import write_atomically
 from ide_snn.report.collect import Collection, ReportError, collect
+from ide_snn.report.exports import results_csv, results_latex
 from ide_snn.report.figures import learning_curves, overview
 from ide_snn.report.lines import Line, lines
 from ide_snn.report.pages import Page, to_html, to_markdown
@@ -24,7 +25,9 @@ LONGEST_STEM = 100  # of file names, of which file systems take 255 bytes
 
 
 def write_report(runs: str | Path, output: str | Path, *, figures: bool = True) -> Path:
-    """Read every run below `runs` and write report.md, report.html, runs.csv and PNGs into `output`.
+    """Read every run below `runs` and write report.md, report.html, the tables and PNGs into `output`.
+
+    The tables: results.csv and results.tex have a row per line of the report, runs.csv one per run.
 
     Returns the path of report.html.
 
@@ -49,6 +52,8 @@ def write_report(runs: str | Path, output: str | Path, *, figures: bool = True) 
         _write(output / name, png)
     _write(output / "report.md", to_markdown(page).encode())
     _write(output / "runs.csv", to_csv(table).encode())
+    _write(output / "results.csv", results_csv(table).encode())
+    _write(output / "results.tex", results_latex(table).encode())
     _write(output / "report.html", to_html(page).encode())
     return output / "report.html"
 

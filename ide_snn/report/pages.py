@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from ide_snn.report.lines import Line
-from ide_snn.report.tables import COLUMNS, Machine, Statement
+from ide_snn.report.tables import COLUMNS, Machine, Statement, notes
 
 __all__ = ["Page", "to_html", "to_markdown"]
 
@@ -67,7 +67,7 @@ def _bullets(items: Sequence[str]) -> list[str]:
 def _markdown_table(lines: Sequence[Line]) -> str:
     titles = [column.title for column in COLUMNS] + ["Notes"]
     rules = ["---:" if column.numeric else "---" for column in COLUMNS] + ["---"]
-    rows = [[column.text(line) for column in COLUMNS] + [_notes(line)] for line in lines]
+    rows = [[column.text(line) for column in COLUMNS] + [notes(line)] for line in lines]
     return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in [titles, rules, *rows])
 
 
@@ -81,15 +81,6 @@ def _markdown_machines(machines: Sequence[Machine]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
-
-
-def _notes(line: Line) -> str:
-    """What is special about a line, led by the name where it is not that of the row."""
-    texts = [note.text for note in line.notes]
-    if line.paper is None:
-        texts.insert(0, "not in the paper's tables")
-    named = line.paper is not None and line.label == line.paper.experiment
-    return "; ".join(texts) if named or not texts else f"{line.label}: {'; '.join(texts)}"
 
 
 def to_html(page: Page) -> str:
@@ -128,8 +119,8 @@ def _html_table(lines: Sequence[Line]) -> str:
         cells = "".join(f"<td{_align(column.numeric)}>{escape(column.text(line))}</td>" for column in COLUMNS)
         kind = "full" if line.as_in_paper else "partly" if line.runs else "missing"
         rows.append(f"<tr class='{kind}'>{cells}</tr>")
-        if notes := _notes(line):
-            rows.append(f"<tr class='note {kind}'><td colspan='{len(COLUMNS)}'><div>{escape(notes)}</div></td></tr>")
+        if text := notes(line):
+            rows.append(f"<tr class='note {kind}'><td colspan='{len(COLUMNS)}'><div>{escape(text)}</div></td></tr>")
     return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
 
 

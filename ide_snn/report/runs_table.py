@@ -12,7 +12,7 @@ from ide_snn.checkpoint import flatten
 from ide_snn.report.collect import Run
 from ide_snn.report.lines import UNSET, Line
 
-__all__ = ["to_csv"]
+__all__ = ["csv_text", "to_csv"]
 
 
 def to_csv(lines: Sequence[Line]) -> str:
@@ -29,6 +29,11 @@ def to_csv(lines: Sequence[Line]) -> str:
         {**_measured(line, run), **{key: own.get(key) for key in keys}}
         for (line, run), own in zip(runs, options, strict=True)
     ]
+    return csv_text(rows)
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of the same columns, the first line their names; None is an empty cell."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()

@@ -11,7 +11,7 @@ from ide_snn.paper import NETWORKS, ROWS
 from ide_snn.report.collect import Collection, Run
 from ide_snn.report.lines import KINDS, Line, Spread
 
-__all__ = ["COLUMNS", "Column", "Machine", "Statement", "format_time", "machines", "percent", "statements"]
+__all__ = ["COLUMNS", "Column", "Machine", "Statement", "format_time", "machines", "notes", "percent", "statements"]
 
 NONE = "–"
 
@@ -147,6 +147,15 @@ COLUMNS = (
     Column("Time per run", _time),
     Column("Failed solves", _failed),
 )
+
+
+def notes(line: Line) -> str:
+    """What is special about a line, led by the name where it is not that of the row."""
+    texts = [note.text for note in line.notes]
+    if line.paper is None:
+        texts.insert(0, "not in the paper's tables")
+    named = line.paper is not None and line.label == line.paper.experiment
+    return "; ".join(texts) if named or not texts else f"{line.label}: {'; '.join(texts)}"
 
 
 def statements(lines: Sequence[Line], collection: Collection) -> list[Statement]:
