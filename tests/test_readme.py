@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import PROJECT
 
 
@@ -23,6 +25,31 @@ def test_readme_code_runs_and_the_network_of_twenty_lines_learns(tmp_path: Path,
     assert namespace["result"].test_accuracy_last > 0.9
     assert (tmp_path / "runs/my_network/checkpoints/last.pt").exists()
     assert sum(p.numel() for p in namespace["model"].parameters()) == 229_643
+
+
+def test_a_constraint_of_one_s_own_bounds_the_weight_and_has_its_gradient() -> None:
+    """As docs/constraints.md has it."""
+    (code,) = re.findall(r"```python\n(.*?)```", (PROJECT / "docs/constraints.md").read_text(encoding="utf-8"), re.S)
+    namespace: dict[str, Any] = {}
+    exec(compile(code, "constraints.md", "exec"), namespace)
+    feedback, block = namespace["feedback"], namespace["block"]
+    original = feedback.parametrizations.weight.original
+    with torch.no_grad():
+        original.mul_(10)
+    assert feedback.weight.abs().sum(1).max().item() == pytest.approx(1.0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 64, generator=generator)
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    target, losses = torch.rand(16, 50, generator=generator), []
+    for _ in range(30):
+        loss = (block(x) - target).square().sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        # moving along the weight itself changes nothing that the constraint lets through
+        assert (original.grad * original).sum().abs() < 1e-4 * original.grad.norm() * original.norm()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_scripts_the_readme_names_exist() -> None:
