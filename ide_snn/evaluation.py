@@ -21,8 +21,8 @@ __all__ = [
     "Totals",
     "device_of",
     "evaluate",
+    "pair_of",
     "require_logits",
-    "require_pair",
     "run_evaluation",
     "show_bar",
 ]
@@ -74,18 +74,25 @@ class Totals:
         self.samples = state["samples"]
 
 
-def require_pair(x: Any, y: Any) -> None:
-    """Raises ValueError unless these are inputs and their labels, class indices [B]."""
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+def pair_of(batch: Any) -> Batch:
+    """The inputs of a batch and their labels, class indices [B].
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    parts = tuple(batch) if isinstance(batch, Iterable) and not isinstance(batch, (Tensor, str)) else (batch,)
+    if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
+        found = ", ".join(type(part).__name__ for part in parts)
         raise ValueError(
-            f"batches must be pairs (x, y) of tensors, got ({type(x).__name__}, {type(y).__name__}): give a loader "
-            "that yields inputs and labels"
+            f"batches must be pairs (x, y) of tensors, got ({found}): give a loader that yields inputs and labels"
         )
+    x, y = parts
     if y.dim() != 1 or y.dtype not in (torch.int64, torch.uint8):
         raise ValueError(
             f"labels must be class indices [B], int64, got {list(y.shape)}, {str(y.dtype).removeprefix('torch.')}: "
             "use y.long(), y.squeeze(1), or y.argmax(1) for one-hot labels"
         )
+    return x, y
 
 
 def require_logits(logits: Any, y: Tensor, *, over_time: bool = False) -> None:
@@ -148,8 +155,8 @@ def run_evaluation(
     try:
         with torch.no_grad(), BlockMonitor(model, firing_rates=True) as monitor:
             count = len(batches) if isinstance(batches, Sized) else None
-            for x, labels in show_bar(_own(batches, ranks), title, progress, count):
-                require_pair(x, labels)
+            for batch in show_bar(_own(batches, ranks), title, progress, count):
+                x, labels = pair_of(batch)
                 if len(labels):
                     x, y = x.to(device), labels.to(device)
                     if early_exit is None:

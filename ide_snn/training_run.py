@@ -22,7 +22,7 @@ from ide_snn.checkpoint import Checkpoint, CheckpointError, load_checkpoint, loa
 from ide_snn.data.torch_loader import TorchLoader
 from ide_snn.distributed import Ranks, Share
 from ide_snn.dropout import DropoutStream
-from ide_snn.evaluation import Batch, Totals, device_of, require_logits, require_pair, run_evaluation, show_bar
+from ide_snn.evaluation import Batch, Totals, device_of, pair_of, require_logits, run_evaluation, show_bar
 from ide_snn.interrupt import StopRequest
 from ide_snn.monitor import (
     BlockMonitor,
@@ -199,8 +199,8 @@ class TrainingRun:
         rate = set_learning_rate(self.optimizer, self.base_rates, factor)
         self.optimizer.zero_grad(set_to_none=True)
         self.masks.begin(self.progress.step)
-        for (x, y), share in group:
-            require_pair(x, y)
+        for batch, share in group:
+            x, y = pair_of(batch)
             self.masks.serve(share)
             logits = self.model(x.to(self.device))
             require_logits(logits, y, over_time=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ide_snn import Anderson, Bptt, Gmres, Implicit, NeuronParams, SNNIDEFCNet, Unrolled
+from ide_snn.analysis import analyze_model
 from ide_snn.checkpoint import CheckpointError, save_checkpoint
 from ide_snn.files import write_atomically
 from ide_snn.surrogate import ATan
@@ -63,6 +64,18 @@ def test_labels(labels: Tensor, message: str) -> None:
         evaluate(net, batches(labels))
     assert torch.equal(net.classifier.weight, before)
     assert evaluate(net, batches(LABELS.to(torch.uint8))).samples == 24
+
+
+@pytest.mark.parametrize("extra", [[torch.arange(24)], [torch.arange(24), torch.rand(24, 2)], None])
+def test_batches_of_more_or_less_than_a_pair(extra: list[Tensor] | None) -> None:
+    """Data sets with an index, a mask or nothing besides the inputs."""
+    net, x = network(), torch.randn(24, 4)
+    data = TensorDataset(x) if extra is None else TensorDataset(x, LABELS, *extra)
+    found = ", ".join(["Tensor"] * (1 if extra is None else 2 + len(extra)))
+    loader = DataLoader(data, batch_size=8)
+    for call in (lambda: train(net, loader), lambda: evaluate(net, loader), lambda: analyze_model(net, loader)):
+        with pytest.raises(ValueError, match=rf"pairs \(x, y\) of tensors, got \({found}\)"):
+            call()
 
 
 def test_batches_of_something_else() -> None:

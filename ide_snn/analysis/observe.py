@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ide_snn.block import FeedbackSNN
-from ide_snn.evaluation import device_of, show_bar
+from ide_snn.evaluation import device_of, pair_of, show_bar
 from ide_snn.monitor import feedback_blocks
 from ide_snn.operators import KNOWN_MODULES
 from ide_snn.record import Rates, Record
@@ -134,7 +134,8 @@ def measure(
         ValueError: there is no batch, or the model has no feedback block.
     """
     device, empty = device_of(model), True
-    for x, y in show_bar(batches, "analysing", progress):
+    for batch in show_bar(batches, "analysing", progress):
+        x, y = pair_of(batch)
         observation = observe(model, x.to(device))
         for meter in meters:
             meter.add(observation, y.to(device))
