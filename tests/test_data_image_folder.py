@@ -283,6 +283,9 @@ def test_only_training_images_are_augmented(tmp_path: Path) -> None:
     assert loaders.test.augmentation == loaders.validation.augmentation == Augmentation()
     with pytest.raises(ConfigError, match="crop_padding"):
         build_loaders(load_config(overrides(tmp_path, "dataset.crop_padding=-1")), dataset, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"crop_padding=5 leaves windows .* 6 x 5 pixels: it must be less than 5"):
+        build_loaders(load_config(overrides(tmp_path, "dataset.crop_padding=5")), dataset, torch.device("cpu"))
+    build_loaders(load_config(overrides(tmp_path, "dataset.crop_padding=4")), dataset, torch.device("cpu"))
 
 
 def test_a_run_and_a_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

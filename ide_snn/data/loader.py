@@ -181,6 +181,11 @@ def _check_kind(
         raise ValueError("images need a normalization, usually dataset.normalization")
     if (time_steps is None) != (encoder is None):
         raise ValueError(f"images need time_steps with an encoder and have none without; got {time_steps}")
-    channels = split.input_shape[0]
+    channels, height, width = split.input_shape
+    if augmentation.crop_padding >= min(height, width):
+        raise ValueError(
+            f"crop_padding={augmentation.crop_padding} leaves windows without any of the image, which has "
+            f"{height} x {width} pixels: it must be less than {min(height, width)}"
+        )
     if len(normalization.mean) != channels:
         raise ValueError(f"the images have {channels} channel(s), the normalization {len(normalization.mean)}")
