@@ -21,7 +21,9 @@ __all__ = [
     "Totals",
     "device_of",
     "evaluate",
+    "labelled",
     "pair_of",
+    "require_class_indices",
     "require_logits",
     "run_evaluation",
     "show_bar",
@@ -75,7 +77,7 @@ class Totals:
 
 
 def pair_of(batch: Any) -> Batch:
-    """The inputs of a batch and their labels, class indices [B].
+    """The two tensors (x, y) of a batch.
 
     Raises:
         ValueError: it is anything else.
@@ -86,13 +88,27 @@ def pair_of(batch: Any) -> Batch:
         raise ValueError(
             f"batches must be pairs (x, y) of tensors, got ({found}): give a loader that yields inputs and labels"
         )
-    x, y = parts
+    return parts
+
+
+def labelled(batch: Any) -> Batch:
+    """The inputs of a batch and their labels, class indices [B].
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    x, y = pair_of(batch)
+    require_class_indices(y)
+    return x, y
+
+
+def require_class_indices(y: Tensor) -> None:
+    """Raises ValueError unless these are the labels [B] of a classification."""
     if y.dim() != 1 or y.dtype not in (torch.int64, torch.uint8):
         raise ValueError(
             f"labels must be class indices [B], int64, got {list(y.shape)}, {str(y.dtype).removeprefix('torch.')}: "
             "use y.long(), y.squeeze(1), or y.argmax(1) for one-hot labels"
         )
-    return x, y
 
 
 def require_logits(logits: Any, y: Tensor, *, over_time: bool = False) -> None:
@@ -156,7 +172,7 @@ def run_evaluation(
         with torch.no_grad(), BlockMonitor(model, firing_rates=True) as monitor:
             count = len(batches) if isinstance(batches, Sized) else None
             for batch in show_bar(_own(batches, ranks), title, progress, count):
-                x, labels = pair_of(batch)
+                x, labels = labelled(batch)
                 if len(labels):
                     x, y = x.to(device), labels.to(device)
                     if early_exit is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ide_snn.distributed import RankError, Ranks, Share
-from ide_snn.evaluation import Batch, pair_of
+from ide_snn.evaluation import Batch, labelled
 from ide_snn.implicit import Implicit
 from ide_snn.monitor import feedback_blocks
 from ide_snn.normalization import batch_norms, synchronised
@@ -185,7 +185,7 @@ def with_shares(train: Batches, epoch: int, start: int) -> Generator[tuple[Batch
         yield from zip(batches, train.shares(start), strict=True)
     else:
         for batch in batches:
-            x, y = pair_of(batch)
+            x, y = labelled(batch)
             yield (x, y), Share.whole(len(y))
 
 

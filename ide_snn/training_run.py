@@ -22,7 +22,7 @@ from ide_snn.checkpoint import Checkpoint, CheckpointError, load_checkpoint, loa
 from ide_snn.data.torch_loader import TorchLoader
 from ide_snn.distributed import Ranks, Share
 from ide_snn.dropout import DropoutStream
-from ide_snn.evaluation import Batch, Totals, device_of, pair_of, require_logits, run_evaluation, show_bar
+from ide_snn.evaluation import Batch, Totals, device_of, labelled, require_logits, run_evaluation, show_bar
 from ide_snn.interrupt import StopRequest
 from ide_snn.monitor import (
     BlockMonitor,
@@ -200,7 +200,7 @@ class TrainingRun:
         self.optimizer.zero_grad(set_to_none=True)
         self.masks.begin(self.progress.step)
         for batch, share in group:
-            x, y = pair_of(batch)
+            x, y = labelled(batch)
             self.masks.serve(share)
             logits = self.model(x.to(self.device))
             require_logits(logits, y, over_time=True)

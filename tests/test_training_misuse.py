@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ide_snn import Anderson, Bptt, Gmres, Implicit, NeuronParams, SNNIDEFCNet, Unrolled
-from ide_snn.analysis import analyze_model
+from ide_snn.analysis import FiringRates, analyze_model, logits_over_time, measure
 from ide_snn.checkpoint import CheckpointError, save_checkpoint
 from ide_snn.files import write_atomically
 from ide_snn.surrogate import ATan
@@ -64,6 +64,17 @@ def test_labels(labels: Tensor, message: str) -> None:
         evaluate(net, batches(labels))
     assert torch.equal(net.classifier.weight, before)
     assert evaluate(net, batches(LABELS.to(torch.uint8))).samples == 24
+
+
+def test_labels_matter_to_an_analysis_that_needs_them() -> None:
+    """Rates and cost need none, so any tensor may stand beside the inputs; accuracy does."""
+    net = network()
+    targets = [(x, y.float()) for x, y in batches()]
+    rates = FiringRates()
+    measure(net, targets, rates)
+    assert rates.result()
+    with pytest.raises(ValueError, match=r"class indices \[B\], int64, got \[8\], float32: use y.long\(\)"):
+        logits_over_time(net, targets)
 
 
 @pytest.mark.parametrize("extra", [[torch.arange(24)], [torch.arange(24), torch.rand(24, 2)], None])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ide_snn.analysis.observe import Observation, measure
+from ide_snn.evaluation import require_class_indices
 
 __all__ = ["EarlyExit", "Horizon", "accuracy_over_time", "check_thresholds", "early_exit", "logits_over_time"]
 
@@ -44,6 +45,7 @@ class Horizon:
                 f"accuracy needs a model that returns logits [B, classes] for labels [B], got {list(shape)} "
                 f"and {list(labels.shape)}"
             )
+        require_class_indices(labels)
         steps = range(1, observation.time_steps + 1)
         self._logits.append(torch.stack([observation.output_at(t) for t in steps]).cpu())
         self._labels.append(labels.cpu())

@@ -126,12 +126,12 @@ class Meter(Protocol):
 def measure(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *meters: Meter, progress: bool | None = False
 ) -> None:
-    """Shows every batch (inputs, labels) to the meters, with one simulation each.
+    """Shows every batch (inputs, labels) to the meters, with one simulation each; what labels are is theirs to say.
 
     Needs memory for T rates of the last population of one batch.
 
     Raises:
-        ValueError: there is no batch, or the model has no feedback block.
+        ValueError: there is no batch, a batch is no pair, or the model has no feedback block.
     """
     device, empty = device_of(model), True
     for batch in show_bar(batches, "analysing", progress):
