@@ -6,12 +6,12 @@
 
 A step is zero_grad, `F.cross_entropy(net(x), y).backward()`, `optimizer.step()` with network, optimizer and solver of
 the experiment's configuration, LIF neurons and dropout on, on weights that --warm-steps steps have trained (every
-variant starts from the same; the original trains its own as long). Timed steps have the learning rate 0 and batch
-norms the momentum 0: the network stays that which the floor is of, and with it the spikes. All steps and floors of a
-case take turns in one process and see the same batch in the same round; medians and minima over the rounds are given.
-What a floor is: floor.py. Peers: peers.py. Peak memory is measured over --memory-steps steps at every T of
---memory-time-steps, each time in a process of its own; the median of --memory-runs processes counts, since pages of
-libraries come and go.
+variant starts from the same; the original trains its own as long) or, ours alone, on those of a run's --checkpoint.
+Timed steps have the learning rate 0 and batch norms the momentum 0: the network stays that which the floor is of, and
+with it the spikes. All steps and floors of a case take turns in one process and see the same batch in the same round;
+medians and minima over the rounds are given. What a floor is: floor.py. Peers: peers.py. Peak memory is measured over
+--memory-steps steps at every T of --memory-time-steps, each time in a process of its own; the median of --memory-runs
+processes counts, since pages of libraries come and go.
 
 Writes <case>.json after every stage, and steps.md and steps.png of all cases in --output. Run it on an idle machine.
 """
@@ -48,6 +48,7 @@ from peers import BPTT, why_missing
 from tables import draw, report
 
 from ide_snn import Anderson, SolverWarning
+from ide_snn.checkpoint import CheckpointError, load_checkpoint, load_weights
 from ide_snn.config import ConfigError, config_to_dict, resolve_device
 from ide_snn.precision import products_rounded, round_products
 from ide_snn.reporting import versions, write_json
@@ -81,6 +82,7 @@ class CaseRun:
             "time_steps": config.time_steps,
             "data": self.batches.title,
             "warm_steps": options.warm_steps,
+            "checkpoint": None,
             "machine": machine(),
             "versions": versions(self.device),
             "threads": setting.threads,
@@ -101,7 +103,7 @@ class CaseRun:
             network = build(self.setting, variant)
             assert isinstance(network, Ours)  # build makes one of every variant
             if state is None:
-                state = self._warmed(network, "ours")
+                state = self._of_checkpoint(network) if self.options.checkpoint else self._warmed(network, "ours")
             network.load(state)
             self._add(variant.name, network, "ours")
             self.ours[variant.name] = network
@@ -146,6 +148,16 @@ class CaseRun:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(network.state(), path)
+        return network.state()
+
+    def _of_checkpoint(self, network: Network) -> dict[str, Any]:
+        """The state with the weights of a run, and what is known of the run."""
+        checkpoint = load_checkpoint(self.options.checkpoint)
+        load_weights(network.model, checkpoint)
+        self.result["checkpoint"] = {
+            "config": {**checkpoint.config, "data_dir": None},
+            **{name: checkpoint.progress[name] for name in ("epoch", "step")},
+        }
         return network.state()
 
     def steps(self) -> None:
@@ -297,6 +309,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--peer-rounds", type=int, default=5)
     add("--warm-steps", type=int, default=20, help="training steps before measuring; exactness is claimed from 300 on")
     add("--weights", type=Path, metavar="FOLDER", help="keeps warmed-up weights there and takes them from there")
+    add("--checkpoint", type=Path, metavar="FILE", help="of a run: its weights instead of the warm-up, for ours")
     add("--batch", type=int, help="default: the paper's 128, for CIFAR 32 on a CPU")
     add("--accuracy-images", type=int, default=1000, help="test images for the accuracy; 0: none")
     add("--memory-time-steps", nargs="+", type=int, default=[5, 100], metavar="T")
@@ -313,6 +326,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("rounds", "peer_rounds", "memory_steps", "memory_runs", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if options.checkpoint is not None and len(options.cases) > 1:
+        parser.error(f"--checkpoint is of one network, but there are the cases {', '.join(options.cases)}")
     if options.warm_steps < 0:
         parser.error("--warm-steps must not be negative")
     return options
@@ -344,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case in options.cases:
             try:
                 run = CaseRun(dataclasses.replace(shared, case=case), variants, options)
-            except (ConfigError, FileNotFoundError) as error:
+            except (CheckpointError, ConfigError, FileNotFoundError) as error:
                 raise SystemExit(f"error: {error}") from error
             run.run(write)
     results = [json.loads(file.read_text()) for case in CASES if (file := options.output / f"{case}.json").exists()]

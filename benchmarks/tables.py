@@ -24,7 +24,7 @@ def _section(r: Result) -> str:
         f"{where['processor']} ({', '.join(where['flags']) or 'flags unknown'}), device {software['device']}, "
         f"{r['threads']} threads, torch {software['torch']}, commit {str(software['git_commit'])[:9]}"
         f"{' with changes' if software['git_modified'] else ''}. "
-        f"Weights after {r['warm_steps']} steps on {r['data']}.\n",
+        f"{_weights(r)}\n",
         _steps(r),
         _exactness(r),
         _floors(r),
@@ -33,6 +33,18 @@ def _section(r: Result) -> str:
         "\n".join(f"- {note}" for note in r["notes"]) + ("\n" if r["notes"] else ""),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _weights(r: Result) -> str:
+    """What the networks of a result have learnt."""
+    trained = r.get("checkpoint")  # results of before have none
+    if trained is None:
+        return f"Weights after {r['warm_steps']} steps on {r['data']}."
+    others = f"; other networks after {r['warm_steps']}" if "original" in r["subjects"] else ""
+    return (
+        f"Weights of a run after {trained['epoch']} of {trained['config']['trainer']['epochs']} epochs "
+        f"({trained['step']} steps) on {r['data']}{others}."
+    )
 
 
 def _steps(r: Result) -> str:

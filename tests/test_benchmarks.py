@@ -17,7 +17,8 @@ from cases import CASES, Setting, Variant
 from measure import TOLERANCES, adjoint_problem, against_float32, block_input, compare_solvers, difference, simulated
 
 from ide_snn import Gmres
-from ide_snn.config import load_config
+from ide_snn.checkpoint import save_checkpoint
+from ide_snn.config import config_to_dict, load_config
 from ide_snn.solvers import LinearProblem
 
 
@@ -254,7 +255,38 @@ def test_wrong_options_are_one_message(tmp_path: Path) -> None:
         steps.main(["--overrides", "model.hiden=3", "--threads", "1", "--output", str(tmp_path)])
 
 
-@pytest.mark.parametrize("arguments", [["f500"], ["--rounds", "0"], ["--warm-steps", "-1"], ["--peers", "norse"]])
+def test_weights_of_a_run(tmp_path: Path) -> None:
+    trained = small("f400", "seed=5")
+    progress = {"epoch": 2, "step": 90}
+    file = tmp_path / "last.pt"
+    save_checkpoint(file, trained.model, config=config_to_dict(trained.config), data={}, progress=progress)
+    shared = ["--overrides", *SMALL["f400"], "--batch", "6", "--threads", "1", "--peers", "--rounds", "5"]
+    shared += ["--accuracy-images", "0", "--stages", "steps", "--checkpoint", str(file), "--output", str(tmp_path)]
+    options = steps.parse(shared)
+    run = steps.CaseRun(
+        Setting("f400", batch=6, overrides=SMALL["f400"]), Variant.all_of(["exact", "fast"], []), options
+    )
+    expected = trained.model.state_dict()
+    for ours in run.ours.values():
+        assert all(torch.equal(expected[key], value) for key, value in ours.model.state_dict().items())
+    steps.main(shared)
+    found = json.loads((tmp_path / "f400.json").read_text())
+    assert found["checkpoint"] == {"config": {**config_to_dict(trained.config), "data_dir": None}, **progress}
+    assert "Weights of a run after 2 of" in (tmp_path / "steps.md").read_text()
+    with pytest.raises(SystemExit, match="checkpoint of another model"):
+        steps.main(["--overrides", "model.hidden=17", *shared[2:]])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["f500"],
+        ["--rounds", "0"],
+        ["--warm-steps", "-1"],
+        ["--peers", "norse"],
+        ["f400", "f64c5", "--checkpoint", "last.pt"],
+    ],
+)
 def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         steps.main(arguments)
