@@ -171,7 +171,10 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore
 
 
 def alike(first: Any, second: Any, rel_tol: float = 0.0) -> bool:
-    """True where both say the same: NaN is NaN, tensors are of one type and shape, numbers agree to `rel_tol`."""
+    """True where both say the same.
+
+    NaN is NaN, tensors are of one type and shape, numbers agree to `rel_tol`, two integers exactly.
+    """
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return first.dtype == second.dtype and first.shape == second.shape and _numbers_agree(first, second, rel_tol)
     if isinstance(first, Tensor) or isinstance(second, Tensor):
@@ -180,6 +183,8 @@ def alike(first: Any, second: Any, rel_tol: float = 0.0) -> bool:
         return first.keys() == second.keys() and all(alike(first[key], second[key], rel_tol) for key in first)
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
         return len(first) == len(second) and all(alike(a, b, rel_tol) for a, b in zip(first, second, strict=True))
+    if isinstance(first, int) and isinstance(second, int):  # not as floats, which round them
+        return first == second
     if isinstance(first, (float, int)) and isinstance(second, (float, int)):
         return math.isclose(first, second, rel_tol=rel_tol) or (math.isnan(first) and math.isnan(second))
     return bool(first == second)

@@ -75,6 +75,8 @@ def as_in_training(dataset: Dataset, checkpoint: Checkpoint, *, tell: bool = Tru
     title = saved.get("title", dataset.title)
     if tell and title != dataset.title:
         log.warning("trained on %s, now on %s", title, dataset.title)
+    elif tell and saved.get("digest", now_digest := _digest(dataset)) != now_digest:
+        log.warning("%s has other images or labels than when this was trained", title)
     if dataset.normalization is None or "mean" not in saved:
         return dataset
     return replace(dataset, normalization=normalization_of(saved))

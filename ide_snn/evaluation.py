@@ -37,7 +37,7 @@ class Evaluation:
     """Accuracy as a fraction, mean cross entropy, mean spikes per neuron and step of each population.
 
     With early exit the last are of the steps that each sample took; `mean_steps` is their mean, else None.
-    `confusion[label][answer]` counts the samples.
+    `confusion[label][answer]` counts the samples, where that was asked for, else it is empty.
     """
 
     accuracy: float
@@ -49,7 +49,7 @@ class Evaluation:
 
     @property
     def class_accuracy(self) -> list[float | None]:
-        """Of the samples of each class; None for a class without any."""
+        """Of the samples of each class, where `confusion` is known; None for a class without any."""
         return [row[label] / sum(row) if any(row) else None for label, row in enumerate(self.confusion)]
 
 
@@ -84,7 +84,7 @@ def pair_of(batch: Any) -> Batch:
     """
     parts = tuple(batch) if isinstance(batch, Iterable) and not isinstance(batch, (Tensor, str)) else (batch,)
     if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
-        found = ", ".join(type(part).__name__ for part in parts)
+        found = ", ".join([*(type(part).__name__ for part in parts[:4]), *(["..."] if len(parts) > 4 else [])])
         raise ValueError(
             f"batches must be pairs (x, y) of tensors, got ({found}): give a loader that yields inputs and labels"
         )
@@ -135,6 +135,7 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     early_exit: float | None = None,
+    confusion: bool = False,
     progress: bool | None = False,
     ranks: Ranks = Ranks(),
 ) -> Evaluation:
@@ -144,10 +145,11 @@ def evaluate(
         model: gives logits [B, classes].
         batches: what to evaluate on.
         early_exit: confidence at which the simulation of a sample ends (`FeedbackClassifier.exit_early`); None: at T.
+        confusion: count the answers for every label, too: classes^2 numbers.
         progress: show a bar; None means only on a terminal.
         ranks: processes that share the work; all of them have to call this, with the same batches, and get the result.
     """
-    result = run_evaluation(model, batches, "evaluating", progress, lambda: False, ranks, early_exit)
+    result = run_evaluation(model, batches, "evaluating", progress, lambda: False, ranks, early_exit, confusion)
     assert result is not None  # nothing asks it to stop
     return result
 
@@ -160,12 +162,13 @@ def run_evaluation(
     stop: Callable[[], bool],
     ranks: Ranks = Ranks(),
     early_exit: float | None = None,
+    with_confusion: bool = False,
 ) -> Evaluation | None:
     """As `evaluate`; None if `stop`, asked after each batch by all ranks alike, says so before the end."""
     if early_exit is not None and not hasattr(model, "exit_early"):
         raise ValueError(f"a {type(model).__name__} has no early exit: only networks with one feedback block have")
     device = device_of(model)
-    totals, steps, confusion = Totals(device), 0, _Confusion()
+    totals, steps, confusion = Totals(device), 0, _Confusion() if with_confusion else None
     was_training = model.training
     model.eval()
     try:
@@ -182,7 +185,8 @@ def run_evaluation(
                         steps += int(rates.steps.sum())
                     require_logits(logits, labels)
                     totals.add(F.cross_entropy(logits, y), logits, y)
-                    confusion.add(logits, y)
+                    if confusion is not None:
+                        confusion.add(logits, y)
                     monitor.count(len(y))
                 if stop():
                     return None
@@ -197,7 +201,7 @@ def run_evaluation(
     mean_steps = None if early_exit is None else sum(ranks.gather(steps)) / samples
     firing_rate = monitor.firing_rate(ranks)
     figures = sums["correct"] / samples, sums["loss"] / samples, firing_rate, samples, mean_steps
-    return Evaluation(*figures, confusion.of_all(ranks))
+    return Evaluation(*figures, [] if confusion is None else confusion.of_all(ranks))
 
 
 class _Confusion:

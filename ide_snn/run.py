@@ -282,6 +282,7 @@ def _evaluate_checkpoint(request: EvaluateConfig, ranks: Ranks) -> dict[str, Any
         config = replace(config, trainer=trainer)
     test = build_loaders(config, dataset, next(model.parameters()).device).test
     options: dict[str, Any] = {"early_exit": request.early_exit, "ranks": ranks}
+    options["confusion"] = request.output is not None
     found = evaluate(model, test, progress=None if ranks.is_first else False, **options)
     figures = asdict(found)
     confusion = figures.pop("confusion")

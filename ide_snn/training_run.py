@@ -194,6 +194,8 @@ class TrainingRun:
 
     def _step(self, group: list[tuple[Batch, Share]]) -> float:
         """One optimiser step on the mean loss over all samples of the group; returns the learning rate."""
+        if not all(share.total for _, share in group):
+            raise ValueError("a training batch has no samples: leave empty batches out of the loader")
         samples = sum(share.total for _, share in group)
         factor = self.schedule(self.progress.step, self.progress.epoch)
         rate = set_learning_rate(self.optimizer, self.base_rates, factor)

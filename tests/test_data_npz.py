@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ def test_all_layouts_become_channels_first(tmp_path: Path, kind: str) -> None:
     assert dataset.input_shape == (channels, 6, 5)
 
 
+def test_where_both_layouts_fit_channels_come_first(tmp_path: Path) -> None:
+    content = {key: value[..., :3] for key, value in arrays((3, 6, 5)).items() if "images" in key}
+    content |= {key: value for key, value in arrays().items() if "labels" in key}
+    dataset = load(tmp_path, content, channels=3)
+    np.testing.assert_array_equal(images_of(dataset.train), content["train_images"])
+
+
 def test_files_of_medmnist_and_of_keras(tmp_path: Path) -> None:
     medmnist = arrays((28, 28), parts=("train", "val", "test"))
     medmnist = {key: value[:, None].astype(np.uint8) if "labels" in key else value for key, value in medmnist.items()}
@@ -108,6 +116,7 @@ def test_names_of_classes(tmp_path: Path) -> None:
     names = np.array(["cat", "dog", "eel", "fox"])
     dataset = load(tmp_path, {**arrays(), "class_names": names})
     assert (dataset.class_names, dataset.num_classes) == (("cat", "dog", "eel", "fox"), 4)
+    assert load(tmp_path, {**arrays(), "class_names": names.astype("S")}).class_names == dataset.class_names
     with pytest.raises(DataError, match=r"labels must lie in 0..1, found 0..2"):
         load(tmp_path, {**arrays(), "class_names": names[:2]})
 
@@ -163,10 +172,20 @@ def replaced(key: str, value: Array) -> dict[str, Array]:
         (replaced("train_labels", np.eye(12, dtype=int)), r"got int64 \[12, 12\]"),
         (replaced("train_labels", np.array(3)), r"got int64 \[\]"),
         (replaced("train_labels", labels(12) - 1), r"labels must lie in 0..2, found -1..1"),
-        (replaced("test_labels", labels(0)), "there are 6 images but 0 labels"),
+        (replaced("test_labels", labels(5)), "there are 6 images but 5 labels"),
         ({k: v for k, v in arrays().items() if k != "test_labels"}, "of test_images and test_labels one is missing"),
         ({k: v for k, v in arrays().items() if "test" not in k}, "has no test part; wanted in it: train_images.*found"),
         (replaced("class_names", np.array([{}], dtype=object)), "allow_pickle"),
+        (replaced("class_names", np.array("cat")), r"different texts \[classes\], got <U3 \[\]"),
+        (replaced("class_names", np.array(["a", "a", "b"])), "different texts"),
+        (replaced("class_names", np.arange(3)), "different texts"),
+        (replaced("class_names", np.array([], dtype=str)), "different texts"),
+        (replaced("train_labels", np.where(labels(12) == 2, 1 << 40, 0)), r"reach 1099511627776, but there are 18"),
+        (replaced("train_images", pictures(12, 6, 5, 3)), r"uint8 \[12, 6, 5, 3\] have no dimension of 1 channel"),
+        (
+            {**arrays(), "test_images": pictures(0, 1, 6, 5), "test_labels": labels(0)},
+            "test_labels: there are no samples",
+        ),
     ],
 )
 def test_files_that_do_not_fit(tmp_path: Path, content: dict[str, Array], message: str) -> None:
@@ -179,6 +198,11 @@ def test_frames_that_do_not_fit(tmp_path: Path) -> None:
     content = recordings()
     with pytest.raises(DataError, match=r"frames must be \[N, T, C, H, W\].*got uint8 \[12, 1, 6, 5\]"):
         load(tmp_path, arrays(), "npz_events", time_steps=2)
+    with pytest.raises(DataError, match="time_steps must be at least 1, got 0"):
+        load(tmp_path, content, "npz_events", time_steps=0)
+    nothing = {**content, "test_images": content["test_images"][:0], "test_labels": labels(0)}
+    with pytest.raises(DataError, match="there are no samples"):
+        load(tmp_path, nothing, "npz_events", time_steps=2)
     content["train_images"] = content["train_images"].astype(np.float32)
     with pytest.raises(DataError, match="got float32"):
         load(tmp_path, content, "npz_events", time_steps=2)
@@ -197,6 +221,19 @@ def test_files_that_are_missing_damaged_or_of_another_kind(tmp_path: Path) -> No
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"mine.npz cannot be read, is damaged"):
             load_dataset("npz", path=str(path))
+    with zipfile.ZipFile(path, "w") as archive:  # members that are no arrays: numpy gives their bytes
+        for name in arrays():
+            archive.writestr(f"{name}.npy", b"no such thing")
+    with pytest.raises(DataError, match="train_images is no array"):
+        load_dataset("npz", path=str(path))
+    encrypted = bytearray(whole)
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # of every member, at both places
+        at = -1
+        while (at := encrypted.find(signature, at + 1)) >= 0:
+            encrypted[at + flags] |= 1
+    path.write_bytes(encrypted)
+    with pytest.raises(DataError, match=r"cannot be read.*encrypted"):
+        load_dataset("npz", path=str(path))
     with open(path, "wb") as file:
         np.save(file, pictures(3, 4))
     with pytest.raises(DataError, match="holds one array only"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import statistics
 from pathlib import Path
 
@@ -67,6 +68,24 @@ def test_a_letter_for_every_text_and_one_text_for_many_lines(tmp_path: Path) -> 
     assert r"\textsuperscript{z}" in text
     assert text.count(r"\textsuperscript{ac}") == 2
     assert r"\textsuperscript{ad}" not in text
+
+
+def test_what_latex_would_take_for_something_else(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "one", "dataset=digits", "name='[x] *'", accuracies=[0.5])
+    (run / "failure.json").write_text('{"error": "first line\\n\\nthird line"}')
+    text = results_latex(lines(collect(tmp_path).runs))
+    assert "{[}x] {*}: not in" in text
+    assert "lualatex" not in text
+    assert "\n\n" not in text.rstrip()
+    write_run(tmp_path / "two", "dataset=digits", "name='α → ≤'", accuracies=[0.5])
+    assert text.splitlines()[0] == results_latex(lines(collect(tmp_path).runs)).splitlines()[0]
+    assert "% some characters need lualatex" in results_latex(lines(collect(tmp_path).runs)).splitlines()[1]
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / os.fsdecode(b"\xff"), "dataset=digits", accuracies=[0.5])
+    folder = write_report(tmp_path / "runs", tmp_path / "report", figures=False).parent
+    assert r"\udcff" in (folder / "runs.csv").read_text(encoding="utf-8")
 
 
 def test_they_lie_beside_the_report(tmp_path: Path) -> None:

@@ -165,6 +165,12 @@ def test_evaluation_is_on_the_data_of_the_training(tmp_path: Path, caplog: pytes
     path = tmp_path / "checkpoints" / "last.pt"
     expected = evaluate_checkpoint(evaluation(path))
     content = torch.load(path, weights_only=True)
+    assert not caplog.records
+    content["data"]["digest"] = "0"
+    torch.save(content, path)
+    with caplog.at_level(logging.WARNING, "ide_snn"):
+        evaluate_checkpoint(evaluation(path))
+    assert "digits has other images or labels than when this was trained" in caplog.text
     content["data"]["title"] = "other digits"
     torch.save(content, path)
     with caplog.at_level(logging.WARNING, "ide_snn"):

@@ -62,6 +62,8 @@ def test_labels(labels: Tensor, message: str) -> None:
         train(net, batches(labels))
     with pytest.raises(ValueError, match=message):
         evaluate(net, batches(labels))
+    with pytest.raises(ValueError, match=message):
+        analyze_model(net, batches(labels))
     assert torch.equal(net.classifier.weight, before)
     assert evaluate(net, batches(LABELS.to(torch.uint8))).samples == 24
 
@@ -101,6 +103,20 @@ def test_batches_of_something_else() -> None:
         train(network(), Words())
     with pytest.raises(ValueError, match=r"pairs \(x, y\) of tensors, got \(str, str\)"):
         evaluate(network(), [("inputs", "labels")])
+    with pytest.raises(ValueError, match=r"got \(float, float, float, float, \.\.\.\)"):
+        evaluate(network(), [[0.5] * 1000])  # type: ignore[list-item]
+
+
+def test_a_batch_without_samples() -> None:
+    class Emptied:
+        def __len__(self) -> int:
+            return 2
+
+        def epoch(self, epoch: int, start: int = 0) -> Any:  # noqa: ARG002
+            yield from [(torch.randn(3, 4), LABELS[:3]), (torch.randn(0, 4), LABELS[:0])][start:]
+
+    with pytest.raises(ValueError, match="training batch has no samples"):
+        train(network(), Emptied())
 
 
 @pytest.mark.parametrize(

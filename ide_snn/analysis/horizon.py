@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ide_snn.analysis.observe import Observation, measure
-from ide_snn.evaluation import require_class_indices
+from ide_snn.evaluation import require_class_indices, require_logits
 
 __all__ = ["EarlyExit", "Horizon", "accuracy_over_time", "check_thresholds", "early_exit", "logits_over_time"]
 
@@ -39,13 +39,8 @@ class Horizon:
         self._labels: list[Tensor] = []
 
     def add(self, observation: Observation, labels: Tensor) -> None:
-        shape = tuple(observation.output.shape)
-        if len(shape) != 2 or tuple(labels.shape) != shape[:1]:
-            raise ValueError(
-                f"accuracy needs a model that returns logits [B, classes] for labels [B], got {list(shape)} "
-                f"and {list(labels.shape)}"
-            )
         require_class_indices(labels)
+        require_logits(observation.output, labels.cpu())
         steps = range(1, observation.time_steps + 1)
         self._logits.append(torch.stack([observation.output_at(t) for t in steps]).cpu())
         self._labels.append(labels.cpu())

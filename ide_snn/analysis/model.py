@@ -111,7 +111,8 @@ def analyze_model(
     check_thresholds(thresholds)
     rates, cost, horizon, convergence = FiringRates(), SynapticCost(), Horizon(), Convergence()
     spectrum, first = BlockSpectra(spectrum_samples), _FirstBatch(trace_samples, neurons)
-    measure(model, batches, first, rates, cost, horizon, convergence, spectrum, progress=progress)
+    # the horizon first, which refuses what are no labels
+    measure(model, batches, horizon, first, rates, cost, convergence, spectrum, progress=progress)
     return Analysis(
         samples=len(horizon.labels),
         time_steps=len(horizon.logits),

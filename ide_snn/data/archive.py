@@ -16,7 +16,8 @@ from ide_snn.files import DataError
 __all__ = ["Member", "list_folder", "locate", "members"]
 
 LARGEST_FILE = 1 << 28  # bytes; no file of a data set held in memory is as large, so it is a mistake or an attack
-_DAMAGE = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, RuntimeError)
+# what libraries raise for damaged files; NotImplementedError, a RuntimeError, for forms they do not know
+DAMAGE = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, RuntimeError)
 
 
 class Member(NamedTuple):
@@ -46,7 +47,7 @@ def members(path: Path) -> Iterator[Member]:
             yield from _from_zip(path)
         else:
             raise DataError(f"{path} is damaged, or neither a tar nor a zip file")
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise DataError(f"{path} is damaged or cannot be read ({type(error).__name__}: {error})") from error
 
 
@@ -62,7 +63,10 @@ def locate(path: str, data_dir: Path | None, layout: str) -> Path:
             raise DataError(f"path={path} is relative to data_dir, but no data_dir was given")
         source = data_dir.expanduser() / source
     if not source.exists():
-        raise DataError(f"there is no folder or file {source}; {layout}; choose it with dataset.path=...")
+        raise DataError(
+            f"there is no folder or file {source}; {layout}; choose it with dataset.path=... when training; a "
+            "checkpoint expects what it was trained on at the same path (a relative one in data_dir)"
+        )
     return source
 
 

@@ -7,9 +7,7 @@ Files of MedMNIST and Keras are of this form. Nothing in the file is executed.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ide_snn.data.archive import locate
+from ide_snn.data.archive import DAMAGE, locate
 from ide_snn.data.base import Dataset, Normalization
 from ide_snn.data.splits import EventSplit, Split
 from ide_snn.files import DataError
@@ -88,14 +86,11 @@ def _load(
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise DataError(f"it holds one array only; {LAYOUT}")
             parts = _parts(file, split)
-            class_names = tuple(map(str, file["class_names"].tolist())) if "class_names" in file.files else None
+            class_names = _class_names(file, parts)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (*DAMAGE, ValueError, MemoryError) as error:
         raise DataError(f"{source} cannot be read, is damaged or no file of arrays ({error})") from error
-    if class_names is None:
-        classes = 1 + max(int(part.labels.max()) for part in parts.values() if len(part))
-        class_names = tuple(map(str, range(classes)))
     return Dataset(
         name=name,
         title=source.name if title is None else title,
@@ -114,10 +109,35 @@ def _parts(file: Any, split: Callable[[Array, Tensor], S]) -> dict[str, S]:
         names = _names_of(part, file.files)
         if names is not None:
             try:
-                parts[part] = split(file[names[0]], _labels(file[names[1]]))
+                values, labels = (_array(file, name) for name in names)
+                parts[part] = split(values, _labels(labels))
             except DataError as error:
                 raise DataError(f"{' and '.join(names)}: {error}") from error
     return parts
+
+
+def _array(file: Any, name: str) -> Array:
+    array = file[name]
+    if not isinstance(array, np.ndarray):  # numpy gives the bytes of what is no array
+        raise DataError(f"{name} is no array")
+    return array
+
+
+def _class_names(file: Any, parts: Mapping[str, Split | EventSplit]) -> tuple[str, ...]:
+    """Those of the file, or the numbers of the classes."""
+    if "class_names" not in file.files:
+        highest = max(int(part.labels.max()) for part in parts.values())
+        samples = sum(len(part) for part in parts.values())
+        if highest >= samples:
+            raise DataError(
+                f"labels reach {highest}, but there are {samples} samples in all: number the classes from 0, and leave "
+                "samples out that have no label"
+            )
+        return tuple(map(str, range(highest + 1)))
+    names = _array(file, "class_names")
+    if names.ndim != 1 or not len(names) or names.dtype.kind not in "US" or len(set(names.tolist())) < len(names):
+        raise DataError(f"class_names must be different texts [classes], got {_describe(names)}")
+    return tuple(name.decode(errors="replace") if isinstance(name, bytes) else name for name in names.tolist())
 
 
 def _names_of(part: str, known: list[str]) -> tuple[str, str] | None:
@@ -137,6 +157,8 @@ def _labels(labels: Array) -> Tensor:
     """int64 [N] from integers [N] or [N, 1]."""
     if labels.dtype.kind not in "iu" or labels.ndim == 0 or labels.size != len(labels):
         raise DataError(f"labels must be integers [N], one class of each, got {_describe(labels)}")
+    if not len(labels):
+        raise DataError("there are no samples")
     return torch.from_numpy(labels.reshape(-1).astype(np.int64))
 
 
@@ -151,12 +173,19 @@ def _images(images: Array, channels: int) -> Tensor:
             f"images must be uint8 [N, H, W], [N, C, H, W] or [N, H, W, C], with values 0 to 255, "
             f"got {_describe(images)}"
         )
+    if images.shape[1] != channels:
+        raise DataError(
+            f"images {_describe(images)} have no dimension of {channels} channel(s), second or last: set "
+            "dataset.input_shape=[channels,height,width], and as many values of dataset.mean and dataset.std"
+        )
     return torch.from_numpy(np.ascontiguousarray(images))
 
 
 def _recordings(frames: Array, labels: Tensor, time_steps: int) -> EventSplit:
     if frames.dtype not in (np.bool_, np.uint8) or frames.ndim != 5:
         raise DataError(f"frames must be [N, T, C, H, W], bool or uint8 (numbers of events), got {_describe(frames)}")
+    if time_steps < 1:
+        raise DataError(f"time_steps must be at least 1, got {time_steps}")
     if frames.shape[1] < time_steps:
         raise DataError(
             f"recordings have {frames.shape[1]} frames, fewer than time_steps={time_steps}: "
@@ -164,7 +193,7 @@ def _recordings(frames: Array, labels: Tensor, time_steps: int) -> EventSplit:
         )
     binary = frames.dtype == np.bool_
     channels, height, width = frames.shape[2:]
-    flat = frames[:, :time_steps].reshape(len(frames), time_steps, -1)
+    flat = frames[:, :time_steps].reshape(len(frames), time_steps, channels * height * width)
     stored = np.packbits(flat, axis=2, bitorder="little") if binary else np.ascontiguousarray(flat)
     return EventSplit(torch.from_numpy(stored), labels, (channels, height, width), bool(binary))
 

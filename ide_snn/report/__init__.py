@@ -50,11 +50,11 @@ def write_report(runs: str | Path, output: str | Path, *, figures: bool = True) 
     output = Path(output)
     for name, (_, png) in page.figures.items():
         _write(output / name, png)
-    _write(output / "report.md", to_markdown(page).encode())
-    _write(output / "runs.csv", to_csv(table).encode())
-    _write(output / "results.csv", results_csv(table).encode())
-    _write(output / "results.tex", results_latex(table).encode())
-    _write(output / "report.html", to_html(page).encode())
+    _write(output / "report.md", to_markdown(page))
+    _write(output / "runs.csv", to_csv(table))
+    _write(output / "results.csv", results_csv(table))
+    _write(output / "results.tex", results_latex(table))
+    _write(output / "report.html", to_html(page))
     return output / "report.html"
 
 
@@ -80,5 +80,7 @@ def _file_name(line: Line, taken: dict[str, tuple[str, bytes]]) -> str:
     return name
 
 
-def _write(path: Path, content: bytes) -> None:
-    write_atomically(path, lambda file: file.write(content))
+def _write(path: Path, content: bytes | str) -> None:
+    # names of folders need not be text
+    raw = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    write_atomically(path, lambda file: file.write(raw))

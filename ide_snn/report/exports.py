@@ -28,6 +28,8 @@ LATEX = {
     "±": r"$\pm$",
     "−": "$-$",
     "–": "--",
+    "[": "{[}",  # after the end of a row, that and the star would be arguments of it
+    "*": "{*}",
 }
 
 
@@ -86,6 +88,11 @@ def results_latex(lines: Sequence[Line]) -> str:
     return "\n".join(
         [
             r"% \usepackage{booktabs}; test accuracy in %, mean and sample standard deviation over the seeds",
+            *(
+                ["% some characters need lualatex or xelatex"]
+                if max(map(ord, "".join([*body, *below, " "]))) > 255
+                else []
+            ),
             rf"\begin{{tabular}}{{@{{}}{align}@{{}}}}",
             r"\toprule",
             rf"{' & '.join(head)} \\",
@@ -106,4 +113,5 @@ def _letter(number: int) -> str:
 
 
 def _escape(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
+    """On one line: an empty one would begin a paragraph."""
+    return "".join(LATEX.get(character, character) for character in " ".join(text.split()))
