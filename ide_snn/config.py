@@ -49,7 +49,7 @@ from ide_snn.data import DataError
 from ide_snn.data.cache import Cache
 from ide_snn.distributed import RankError, environment_rank
 from ide_snn.progress import require_in_range
-from ide_snn.schemas import SCHEMAS, TOOLS, Config
+from ide_snn.schemas import SCHEMAS, TOOLS, AnalyzeConfig, Config
 
 __all__ = [
     "CONFIG_DIR",
@@ -134,7 +134,7 @@ def to_config(raw: DictConfig, kind: type[T]) -> T:
     """The typed form of a composed configuration; Raises ConfigError as `load_config`."""
     with one_error():
         refuse_added_keys(raw, "")
-        _refuse_one_output_of_many(raw)
+        _refuse_one_output_of_many(raw, kind)
         missing = OmegaConf.missing_keys(raw)
         if missing:
             raise ConfigError(f"required: {', '.join(f'{key}=...' for key in sorted(missing))}")
@@ -146,13 +146,16 @@ def to_config(raw: DictConfig, kind: type[T]) -> T:
     return config
 
 
-def _refuse_one_output_of_many(raw: DictConfig) -> None:
+def _refuse_one_output_of_many(raw: DictConfig, kind: type) -> None:
     """The jobs of a sweep would overwrite each other's output."""
     is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if is_sweep and raw.get("output") is not None and not OmegaConf.is_interpolation(raw, "output"):
+    is_analysis = kind is AnalyzeConfig  # which always writes: a folder
+    is_shared = raw.get("output") is not None or is_analysis
+    if is_sweep and is_shared and not OmegaConf.is_interpolation(raw, "output"):
+        output = "null (the folder of the checkpoint's run)" if raw.output is None else raw.output
+        own = "analysis_${hydra:job.num}" if is_analysis else "figures_${hydra:job.num}.json"
         raise ConfigError(
-            f"output={raw.output} would hold the last job of the sweep only: give each its own, "
-            "'output=figures_${hydra:job.num}.json'"
+            f"output={output} would hold the last job of the sweep only: give each its own, 'output={own}'"
         )
 
 

@@ -192,6 +192,10 @@ def test_a_sweep_does_not_overwrite_its_output(trained: Path, tmp_path: Path) ->
     refused = call("evaluate", *options, "output=figures.json", cwd=tmp_path)
     assert refused.returncode == 1
     assert "output=figures.json would hold the last job" in refused.stderr
+    refused = call("analyze", *options, "samples=4", cwd=tmp_path)  # whose default is one folder
+    assert refused.returncode == 1
+    assert "give each its own, 'output=analysis_${hydra:job.num}'" in refused.stderr
+    assert not (trained / "analysis").exists()
     done = call("evaluate", *options, "output=figures_${hydra:job.num}.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     written = [json.loads((tmp_path / f"figures_{job}.json").read_text()) for job in (0, 1)]
