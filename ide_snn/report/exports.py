@@ -85,14 +85,11 @@ def results_latex(lines: Sequence[Line]) -> str:
     head = [_escape(column.title) for column in PRINTED]
     body = [rf"{' & '.join(cells)} \\" for cells in rows]
     below = [rf"\par\noindent\textsuperscript{{{letter}}} {_escape(text)}" for text, letter in letters.items()]
+    beyond_latin_1 = any(ord(character) > 255 for character in "".join([*body, *below]))
     return "\n".join(
         [
             r"% \usepackage{booktabs}; test accuracy in %, mean and sample standard deviation over the seeds",
-            *(
-                ["% some characters need lualatex or xelatex"]
-                if max(map(ord, "".join([*body, *below, " "]))) > 255
-                else []
-            ),
+            *(["% some characters need lualatex or xelatex"] if beyond_latin_1 else []),
             rf"\begin{{tabular}}{{@{{}}{align}@{{}}}}",
             r"\toprule",
             rf"{' & '.join(head)} \\",
